@@ -41,8 +41,7 @@ def sft_workflow(module: Any) -> None:
         global _pending
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
         if not getattr(finetuning_args, "use_hera", False):
-            host(*arguments)
-            return getattr(finetuning_args, "warn_of_unread", lambda: None)()
+            return host(*arguments)
         from llamafactory_hera.integrations.llamafactory.workflow import run_hera
 
         _pending = False

@@ -25,6 +25,7 @@ def test_card_and_json_describe_the_run_and_how_to_load_it(
     content = json.loads((run.folder / "hera/card.json").read_text())
     selected = json.loads((run.folder / "hera/heads.json").read_text())
     assert content["heads"] == selected["heads"]
+    assert content["k"] == 7  # of 15 candidates, although hera_k is 10
     assert list(content["scores"]["mknn"]) == [*selected["heads"], "mean", "others"]
     assert (content["objective"], content["teacher"], content["steps"]) == ("contrastive", recipe["hera_teacher"], 2)
     page = (run.folder / "README.md").read_text()

@@ -28,7 +28,7 @@ def test_stage_hera_runs_as_sft_and_is_saved_as_hera() -> None:
 
 
 def test_other_stages_drop_the_keys_with_a_warning() -> None:
-    with pytest.warns(match="stage: dpo does not read hera_heads, hera_k; write stage: hera"):
+    with pytest.warns(match="stage: dpo trains without HeRA and ignores hera_heads, hera_k; write stage: hera"):
         (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict(
             {"stage": "dpo", "hera_k": 0, "hera_heads": "L0H1"}
         )

@@ -79,6 +79,31 @@ def test_doctor_reads_only_the_start_of_a_large_file(
     assert "ok  images    opened the first 3 of large" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("image", "part"),
+    [
+        ("data:image/png;base64," + "A" * 5000, "a row has an image as a data URI"),
+        (None, "An image has the type NoneType"),
+    ],
+)
+def test_doctor_names_an_image_that_the_host_cannot_read(
+    image: str | None,
+    part: str,
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(world)
+    (tmp_path / "rows.json").write_text(json.dumps([{"images": [image]}]))
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"odd": {"file_name": "rows.json", "columns": {"images": "images"}}})
+    )
+    assert main(["doctor", RECIPE, "dataset=odd", f"dataset_dir={tmp_path}"]) == 1
+    assert f"problem: media_dir: {tmp_path}: odd: {part}" in (printed := capsys.readouterr().out)
+    assert "AAA" not in printed
+
+
 def test_without_the_patches_every_command_for_a_recipe_names_them(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -14,7 +14,14 @@ from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations import messages
 from llamafactory_hera.integrations.llamafactory import recipe
 from llamafactory_hera.integrations.llamafactory.recipe import host_words
-from llamafactory_hera.integrations.messages import log_outcome, log_share, show_messages
+from llamafactory_hera.integrations.messages import (
+    in_python,
+    log_outcome,
+    log_setup,
+    log_share,
+    show_messages,
+    translated,
+)
 from llamafactory_hera.teachers.images import load_image
 from llamafactory_hera.training.checks import idle_message
 from llamafactory_hera.training.memory import CrossBatchMemory
@@ -118,17 +125,32 @@ def test_the_end_of_a_run_says_whether_anything_changed(
 
 def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
     keys = "freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all."
-    for message, translated in {
+    for message, in_host_words in {
         "model: m is quantized": "^model_name_or_path: m is quantized$",
         "hera_k: 0 is out of range": "^hera_k: 0 is out of range$",
         idle_message(Targets.parse("L0H0"), "nothing is trained"): f" In LLaMA-Factory: {keys}$",
     }.items():
-        with pytest.raises(ValueError, match=translated), host_words():
+        with pytest.raises(ValueError, match=in_host_words), host_words():
             raise ValueError(message)
     with pytest.raises(ValueError, match=r'nowhere\.png.* In LLaMA-Factory: media_dir .*{"media_dir": '), host_words():
         load_image("nowhere.png")
     with pytest.raises(UnicodeDecodeError), host_words():  # its arguments are not a message
         b"\xff".decode()
+
+
+def test_log_messages_name_the_keys_of_the_host(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with translated(in_python):
+        OURS.info("hera_k: %d needs %s", 10, "a larger hera_memory")
+    OURS.info("hera_k: 10 again")
+    assert caplog.messages == ["k=10 needs a larger memory", "hera_k: 10 again"]
+
+
+def test_a_run_without_steps_left_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log_setup(None, None, None, SimpleNamespace(max_steps=4, global_step=4))
+    (line,) = caplog.messages
+    assert "has all 4 steps of the run, so nothing is trained" in line
 
 
 def test_every_hint_belongs_to_a_message() -> None:

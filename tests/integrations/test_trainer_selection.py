@@ -86,7 +86,7 @@ def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(
     with pytest.raises(ValueError, match=r"^heads: the heads .* were selected for another run: model was"):
         selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file)
     selecting(tmp_path / "other", vlm("llava-llama", seed=1), heads=file, heads_force=True)
-    assert "Continuing, because hera_heads_force is set" in caplog.text
+    assert "Continuing, because heads_force is set" in caplog.text
 
 
 class Stream(IterableDataset):

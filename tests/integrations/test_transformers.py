@@ -164,7 +164,7 @@ def test_a_run_logs_its_setup(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         "heads: L1H0,L0H2 (llama, tested)",
         "objective: contrastive, weight 1.0",
         "global batch: 4 (1 processes x 4 x 1 accumulation steps)",
-        "neighbors: 1 of 3 candidates (3 of the batch, 0 remembered); hera_k: 2 needs 4 candidates",
+        "neighbors: 1 of 3 candidates (3 of the batch, 0 remembered); k=2 needs 4 candidates",
     ):
         assert part in caplog.text
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.training.checkpoint import RunIdentity, checkpoint_of, load_renamed_weights
-from tests.tiny_models import vlm
+from tests.tiny_models import text_model, vlm
 
 HEADS = Targets.parse("L0H1,L2H3")
 STATE = {"objective.log_temperature": torch.tensor(0.5)}
@@ -116,3 +118,22 @@ def test_weights_that_were_renamed_on_saving_are_loaded_in_their_dtypes(tmp_path
     read = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)  # as another program reads it
     assert torch.equal(read.lm_head.weight, saved.lm_head.weight)
     assert not load_renamed_weights(other, tmp_path / "without weights")
+
+
+@pytest.mark.parametrize("kind", ["renamed", "same names", "adapter"])
+def test_weights_without_a_tensor_of_the_model_are_refused(tmp_path: Path, kind: str) -> None:
+    model = vlm("llava-llama") if kind == "renamed" else text_model("qwen3", tie_word_embeddings=True)
+    if kind == "adapter":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+    assert load_renamed_weights(model, tmp_path) == (
+        kind == "renamed"
+    )  # complete, although tied weights are saved once
+    (path,) = tmp_path.glob("*.safetensors")
+    weights = load_file(path)
+    del weights[removed := next(name for name in weights if "layers.1.self_attn.k_proj" in name)]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"^resume_from_checkpoint: .* lacks 1 tensors of the model, such as .*{removed[-20:]}; res"
+    ):
+        load_renamed_weights(model, tmp_path)

@@ -103,13 +103,21 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
 
 @contextmanager
 def translated(translate: Callable[[str], str]) -> Iterator[None]:
-    """Applies ``translate`` to the message of an error that the block raises."""
+    """Changes the messages of errors and the package's log messages."""
+
+    def change(record: logging.LogRecord) -> bool:
+        record.msg, record.args = translate(record.getMessage()), ()
+        return True
+
+    logger.addFilter(change)
     try:
         yield
     except (ValueError, RuntimeError) as error:
         if error.args == (str(error),):  # not an error such as UnicodeDecodeError
             error.args = (translate(str(error)),)
         raise
+    finally:
+        logger.removeFilter(change)
 
 
 def in_python(message: str) -> str:
@@ -127,18 +135,37 @@ def in_python(message: str) -> str:
     return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
 
 
+def compared_at_once(aligner: "Aligner", training_args: Any) -> int:
+    """Returns the number of samples, or packed rows, of all processes that are compared in one step."""
+    steps = training_args.gradient_accumulation_steps if aligner.config.gradcache else 1
+    return (aligner.batch_size or training_args.per_device_train_batch_size) * world_size() * steps
+
+
+def neighbors_taken(k: int, n_compared: int, remembered: int) -> int:
+    """Returns the number of neighbors per sample: ``k``, but at most half of the candidates."""
+    return min(k, (n_compared - 1 + remembered) // 2)
+
+
 def describe_candidates(k: int, n_compared: int, remembered: int, packed: bool = False) -> str:
     """Describes the neighbors and candidates of a sample among the samples that are compared at once."""
-    candidates = n_compared - 1 + remembered
-    taken = min(k, candidates // 2)
+    candidates, taken = n_compared - 1 + remembered, neighbors_taken(k, n_compared, remembered)
     counted = f"{taken} of {candidates} candidates ({n_compared - 1} of the batch, {remembered} remembered)"
     counted += ", or more, if packed rows hold several samples" * packed
     return counted + f"; hera_k: {k} needs {2 * k} candidates" * (taken < k)
 
 
-def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> None:
-    """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates."""
+def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any, state: Any) -> None:
+    """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates.
+
+    A run that resumes its last checkpoint has nothing to train, and gets a warning instead.
+    """
     if rank() > 0:
+        return
+    if 0 < state.max_steps <= state.global_step:
+        logger.warning(
+            f"HeRA | the resumed checkpoint has all {state.max_steps} steps of the run, so nothing is trained. Raise "
+            "the number of epochs or steps, or start in another folder."
+        )
         return
     config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
@@ -154,7 +181,7 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any) -> Non
         lines["global batch"] += ", in packed rows"
     lines |= {key.removeprefix("hera_"): f"{value:.4g}" for key, value in objective.values().items()}
     if config.reads("hera_memory"):
-        n_compared = micro_batch * (steps if config.gradcache else 1)
+        n_compared = compared_at_once(aligner, training_args)
         counted = describe_candidates(config.k, n_compared, aligner.memory.size or 0, aligner.packed)
         lines["neighbors"] = counted + "; hera_mknn is logged once the memory is full" * bool(aligner.memory.size)
     for name, value in lines.items():

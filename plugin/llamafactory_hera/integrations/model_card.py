@@ -13,6 +13,7 @@ from ..heads.families import model_config
 from ..heads.targets import file_name
 from ..selection.report import Comparison
 from ..selection.scores import ScoreFile, command_line, package_versions
+from .messages import compared_at_once, neighbors_taken
 
 _PAPER = "https://arxiv.org/abs/2606.23885"
 _CITATION = """@article{caffagni2026hera,
@@ -98,7 +99,10 @@ def _content(trainer: Any) -> dict[str, Any]:
     if best not in (None, state.global_step):
         content["weights_of_step"] = best
     if config.reads("hera_memory"):
-        content |= {"k": config.k, "memory": aligner.memory.size}
+        memory, taken = aligner.memory.size or 0, config.k  # of packed rows, the number of samples is unknown
+        if not aligner.packed:
+            taken = neighbors_taken(config.k, compared_at_once(aligner, trainer.args), memory)
+        content |= {"k": taken, "memory": memory}
     return content
 
 

@@ -303,7 +303,7 @@ class _AlignerCallback(TrainerCallback):
             aligner.memory.clear()
         steps = args.gradient_accumulation_steps if aligner.config.gradcache else 1
         aligner.memory.settle(aligner.batch_size * world_size() * steps)
-        log_setup(aligner, self._trainer.model, args)
+        log_setup(aligner, self._trainer.model, args, state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer

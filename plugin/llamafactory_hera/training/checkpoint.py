@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -129,15 +130,33 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
 
     When transformers 5 saves some multimodal models, it renames their tensors (LLaVA: ``model.language_model.…``
     becomes ``language_model.model.…``). The Trainer loads none of them and only warns (seen with 5.6.0, in plain SFT).
-    Returns False if the Trainer can load the checkpoint: no ``model.safetensors`` exists, or the names agree.
+    Returns False if the Trainer can load the checkpoint: it has no safetensors file of the model, or the names agree.
+    Raises ``ValueError`` if the checkpoint lacks weights of the model; the Trainer would only warn, and train on.
     """
+    adapter = isinstance(model, PeftModel)
     names: set[str] = set()
-    for path in Path(checkpoint).glob("model*.safetensors"):
+    for path in Path(checkpoint).glob("adapter_model.safetensors" if adapter else "model*.safetensors"):
         with safe_open(path, "pt") as file:
             names |= {*file.keys()}
-    if not names or names <= model.state_dict().keys():
+    if not names:
         return False
-    # A model may mix dtypes. fp32 represents all their values exactly, and load_state_dict casts each parameter.
-    saved = type(model).from_pretrained(checkpoint, dtype=torch.float32)  # type: ignore[attr-defined]
-    model.load_state_dict(saved.state_dict())
-    return True
+    state = get_peft_model_state_dict(model, save_embedding_layers=False) if adapter else model.state_dict()
+    renamed = not (adapter or names <= state.keys())
+    if renamed:
+        # A model may mix dtypes. fp32 represents all their values exactly, and load_state_dict casts each parameter.
+        saved, found = type(model).from_pretrained(  # type: ignore[attr-defined]
+            checkpoint, dtype=torch.float32, output_loading_info=True
+        )
+        missing = found["missing_keys"]
+    else:
+        held = {state[name].data_ptr() for name in names & state.keys()}  # tied weights are saved once
+        held_by_name = names.union(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        missing = {name for name, value in state.items() if name not in held_by_name and value.data_ptr() not in held}
+    if missing:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} lacks {len(missing)} tensors of the model, such as {min(missing)}; "
+            "resume an undamaged checkpoint, or start a new run."
+        )
+    if renamed:
+        model.load_state_dict(saved.state_dict())
+    return renamed

@@ -56,7 +56,7 @@ def check_trainable(model: nn.Module, targets: Targets) -> None:
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
     """Raises ``ValueError`` if the run also reads the output folder; ``inputs`` maps keys to their paths."""
     for key, value in inputs.items():
-        if value and Path(value).expanduser().resolve() == Path(output_dir).expanduser().resolve():
+        if value and Path(str(value)).expanduser().resolve() == Path(output_dir).expanduser().resolve():
             raise ValueError(f"output_dir: {output_dir} is also {key}, which the run reads; choose another folder.")
 
 

@@ -1,6 +1,7 @@
 """The adapter for LLaMA-Factory (the host), without the patches: those are a distribution of their own."""
 
 from importlib.util import find_spec
+from typing import Any
 
 #: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
 PATCHES = "llamafactory-hera-patches"
@@ -10,6 +11,13 @@ TESTED_HOST = "0.9.5"
 PINNED_INSTALL = '`pip install ".[pinned]" ./patches` in a clone of llamafactory-hera'
 #: The remedy for missing patches.
 PATCHES_INSTALL = "`pip install . ./patches` in a clone of llamafactory-hera"
+
+
+def refuse_data_uri(image: Any, where: str) -> None:
+    """Raises ``ValueError`` for a data URI: HeRA reads it, but the host takes it for a path and fails in training."""
+    if isinstance(image, str) and image.startswith("data:"):
+        problem = "has an image as a data URI, which LLaMA-Factory does not read"
+        raise ValueError(f"{where} {problem}; write it to a file, and give its path.")
 
 
 def require_host(patches: bool = True) -> None:

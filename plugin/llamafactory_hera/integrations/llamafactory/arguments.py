@@ -48,13 +48,8 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
                 # The host shows and stores these values, so they are converted to their types here.
                 for key, value in HeraConfig.from_keys(self).keys().items():
                     setattr(self, key, value)
-            else:
-                self.warn_of_unread("")
-
-        def warn_of_unread(self, where: str = "This run has trained without HeRA. ") -> None:
-            """Warns of ``hera_*`` keys in a run of another stage."""
-            if unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:
-                text = f"{where}stage: {self.stage} does not read {', '.join(unread)}; write stage: hera."
+            elif unread := [key for key, d in HeraConfig.knobs().items() if getattr(self, key) != d.default]:
+                text = f"stage: {self.stage} trains without HeRA and ignores {', '.join(unread)}; write stage: hera."
                 warnings.warn(text, stacklevel=2)
 
         def to_dict(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 
-from . import PATCHES, require_host
+from . import PATCHES, refuse_data_uri, require_host
 
 _N_IMAGES = 8  # images that are opened in each dataset
 _NOT_TEXT = ("projector", "merger", "vision", "visual")  # in names of parameters that the host freezes by default
@@ -141,7 +141,9 @@ class _Recipe:
             n_opened += len(images)
             with translated(f"media_dir: {media}: {name}: {{}}".format):
                 for image in images:
-                    load_image(inside if (inside := Path(media, image)).is_file() else image)
+                    refuse_data_uri(image, "a row")
+                    inside = Path(media, image) if isinstance(image, str) else None
+                    load_image(inside if inside and inside.is_file() else image)
             notes.append(f"opened the first {len(images)} of {name}")
         if not n_opened and not n_unknown:
             raise ValueError(f"dataset: {named} has no images, and HeRA compares images; add a dataset with images.")

@@ -23,6 +23,7 @@ from llamafactory_hera.selection.samples import STREAM_ROWS, Collate, Features, 
 from llamafactory_hera.teachers.encoder import VisionTeacher, whole_model_on_every_rank
 from llamafactory_hera.teachers.images import ImageLike
 
+from . import refuse_data_uri
 from .checks import check_image_tokens
 from .recipe import HostArguments, adapter_folders, model_folder
 
@@ -77,7 +78,10 @@ class _Rows:
         return len(self.rows)
 
     def images(self, row: int) -> list[ImageLike]:
-        return self.rows[row]["_images"] or []
+        images = self.rows[row]["_images"] or []
+        for image in images:
+            refuse_data_uri(image, f"dataset: sample {row} (counted from 0)")
+        return images
 
     def collator(self, model: nn.Module) -> Collate:
         """Returns the collator of the host's supervised fine-tuning."""
