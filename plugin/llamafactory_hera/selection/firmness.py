@@ -53,6 +53,13 @@ class Firmness(NamedTuple):
         means = [f"{each['mean']:.4f} for {each['samples']} (chance {each['chance']:.4f})" for each in self.galleries]
         return f"The rank correlation of two halves is {agreement}. The mean score by samples: {', '.join(means)}."
 
+    @property
+    def markdown(self) -> str:
+        """The table, the note and the warning for the card of a model or of a repository."""
+        header, *rows = (f"| {' | '.join(row)} |" for row in self.table)
+        table = "\n".join([header, f"|---|{'--:|' * (len(self.table[0]) - 1)}", *rows])
+        return f"{table}\n\n{self.note} {self.warning}".strip()
+
 
 def measure_firmness(
     chosen: tuple[Target, ...],
@@ -66,32 +73,34 @@ def measure_firmness(
     """Measures the firmness of a choice.
 
     Args:
-        chosen: The heads or layers that ``choose`` chooses by the scores on all samples.
+        chosen: The heads or layers that ``choose`` chooses by their scores on all samples.
         choose: The rule of the selection; a NaN score excludes a head or layer.
-        counts: The number of neighbors that a sample shares with the teacher, for every head ``[L, H, N]`` or layer
+        counts: The number of neighbors that each sample shares with the teacher, for every head ``[L, H, N]`` or layer
             ``[L, N]``; NaN excludes a head or layer.
-        neighbors: The neighbors of every sample, ``[M, N, k]`` for M chosen heads or layers.
-        teacher: The teacher's neighbors, ``[N, k]``.
-        rescore: Returns the scores and the chance level if the selection has only a slice of the samples.
+        neighbors: The neighbors of each sample, for every head ``[L, H, N, k]`` or layer ``[L, N, k]``.
+        teacher: The teacher's neighbors ``[N, k]``.
+        rescore: Returns the scores and the chance level of a selection on a slice of the samples.
         seed: The seed of the random halves and permutations.
     """
-    n, k = teacher.shape
-    random, rows, half = np.random.default_rng(seed), {}, n // 2
+    (n, k), random, rows = teacher.shape, np.random.default_rng(seed), {}
     in_halves = chosen_in_halves(choose, counts, random)
-    for target, permuted, own in zip(chosen, permuted_scores(neighbors, teacher, random).T, neighbors, strict=True):
-        score = shared_neighbors(own, teacher) / (n * k)
-        values = {"score": score, "mean": permuted.mean(), "deviation": permuted.std(ddof=1)}
-        z = (values["score"] - values["mean"]) / values["deviation"] if values["deviation"] else None
+    for target in chosen:
+        index = target[: counts.ndim - 1]
+        permuted = permuted_scores(neighbors[index], teacher, random)
+        score, mean, deviation = counts[index].mean() / k, permuted.mean(), permuted.std(ddof=1)
+        values = {"score": score, "mean": mean, "deviation": deviation}
         rows[str(target)] = {name: round(float(value), 7) for name, value in values.items()}
-        rows[str(target)] |= {"z": z and round(float(z), 2), "halves": in_halves[target]}
-    first = {size: rescore(slice(size)) for size in (n // 4, half) if size >= _LEAST}
-    first[n] = counts.mean(-1) / k, k / (n - 1)
-    both = (first[half][0], rescore(slice(half, 2 * half))[0]) if half in first else None
+        rows[str(target)]["z"] = round(float((score - mean) / deviation), 2) if deviation else None
+        rows[str(target)]["halves"] = in_halves[target]
+    half = n // 2
+    parts = {size: rescore(slice(size)) for size in (n // 4, half) if size >= _LEAST}
+    correlation = rank_correlation(parts[half][0], rescore(slice(half, 2 * half))[0]) if half in parts else None
+    parts[n] = counts.mean(-1) / k, k / (n - 1)
     galleries = [
-        {"samples": size, "mean": round(float(np.nanmean(scores)), 7), "chance": chance}
-        for size, (scores, chance) in first.items()
+        {"samples": size, "mean": round(float(np.nanmean(scores)), 7), "chance": round(chance, 7)}
+        for size, (scores, chance) in parts.items()
     ]
-    return Firmness(rows, rank_correlation(*both) if both else None, galleries)
+    return Firmness(rows, correlation, galleries)
 
 
 def chosen_in_halves(
@@ -108,19 +117,13 @@ def chosen_in_halves(
 
 
 def permuted_scores(neighbors: np.ndarray, teacher: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Computes the MKNN ``[100, M]`` of M sets of neighbors ``[M, N, k]`` after permutations of the teacher's samples."""
+    """Computes the MKNN of a head's neighbors ``[N, k]`` after each of 100 permutations of the teacher's samples."""
     n, k = teacher.shape
-    scores = np.empty((_ROUNDS, len(neighbors)))
-    for number in range(_ROUNDS):
-        order = random.permutation(n)  # the teacher takes sample order[i] for sample i
-        permuted = np.argsort(order)[teacher[order]]
-        scores[number] = [shared_neighbors(own, permuted) / (n * k) for own in neighbors]
-    return scores
-
-
-def shared_neighbors(neighbors: np.ndarray, teacher: np.ndarray) -> int:
-    """Counts the pairs of a sample and a neighbor that two sets of neighbors ``[N, k]`` share."""
-    return int((neighbors[:, :, None] == teacher[:, None]).sum())
+    scores = []
+    for order in (random.permutation(n) for _ in range(_ROUNDS)):
+        permuted = np.argsort(order)[teacher[order]]  # the teacher sees sample order[i] instead of sample i
+        scores.append((neighbors[:, :, None] == permuted[:, None]).sum() / (n * k))
+    return np.array(scores)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:

@@ -160,8 +160,10 @@ def render_table(scored: ScoreFile) -> str:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
     if scored.path.name in SELECTIONS:
         lines.append(f"selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
-    lines += ["".join(f"{cell:>{width}}" for cell, width in zip(row, (7, 9, 9, 18, 8, 11), strict=True))
-              for row in scored.firmness.table]
+    lines += [
+        "".join(f"{cell:>{width}}" for cell, width in zip(row, (7, 9, 9, 18, 8, 11), strict=True))
+        for row in scored.firmness.table
+    ]
     lines.append(scored.firmness.note)
     return "\n".join(lines)
 
