@@ -16,6 +16,9 @@ Strategy = Literal["worst", "top", "random", "middle"]
 #: The model whose heads are scored. ``hera_select_mode`` also allows ``auto``, which becomes one of these.
 Mode = Literal["llm", "mllm"]
 
+#: The numbers of samples that ``hera_select_samples: auto`` tries in turn; outputs take about 1 MB per sample.
+AUTO_SAMPLES = (1000, 2000, 4000, 8000)
+
 _MOST_HEADS = 5  # with ten heads, the paper's Qwen2.5-3B collapsed (the average "All" fell from 54.2 to 46.0)
 
 #: The keys that decide which heads a selection chooses; ``auto`` reuses a selection made with the same values.
@@ -166,7 +169,13 @@ class HeraConfig(KeyedConfig):
     select_dataset: str | None = knob(
         None, "Name of the dataset on which heads are scored; the default is the training dataset."
     )
-    select_samples: int = knob(1000, "Number of image-caption pairs for scoring the heads.", at_least=1, at_most=10**7)
+    select_samples: int | Literal["auto"] = knob(
+        1000,
+        "Number of image-caption pairs for scoring the heads. auto begins with 1,000 and doubles the number, up to "
+        "8,000 or the end of the data, until most random halves of the pairs select three of five heads again.",
+        at_least=1,
+        at_most=10**7,
+    )
     select_k: int = knob(
         10, "Nearest neighbors per sample when heads are scored; at most half of the other samples.", at_least=1
     )
@@ -205,6 +214,11 @@ class HeraConfig(KeyedConfig):
             return 0
         return self.memory if isinstance(self.memory, int) else None
 
+    @property
+    def most_samples(self) -> int:
+        """The largest number of samples on which heads are scored."""
+        return AUTO_SAMPLES[-1] if self.select_samples == AUTO else int(self.select_samples)
+
     def check_batch(self, size: int, steps: int, processes: int, packed: bool = False) -> int:
         """Returns how many samples (if ``packed``, rows) are compared at once; refuses too few for the objective."""
         from .objectives import TokenObjective
@@ -239,7 +253,7 @@ class HeraConfig(KeyedConfig):
         """Checks that the values fit together."""
         if not self.teacher:
             raise ValueError("hera_teacher: the value is empty; give a folder or a hub id (facebook/dinov2-large).")
-        if self.select_samples < self.select_k + 2:
+        if self.most_samples < self.select_k + 2:
             raise ValueError(
                 f"hera_select_samples: {self.select_samples} is out of range; choose {self.select_k + 2} or more, so "
                 "that each sample has more candidates than neighbors."

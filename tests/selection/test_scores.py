@@ -80,7 +80,16 @@ def test_the_table_shows_both_ends_the_choice_and_heads_without_a_score(tmp_path
     assert table[0].startswith("11 heads on 1000 samples of captions, teacher facebook/dinov2-large, mode llm, k=10, ")
     cells = [f"{worst}*", f"{low:.4f}", f"{low / 0.01:.2f}x", f"{top}", f"{high:.4f}", f"{high / 0.01:.2f}x"]
     assert table[3].split() == ["1", *cells]
-    assert table[-2:] == ["no score (NaN or infinity): L0H1", f"selected (worst): {file.chosen}"]
+    assert table[-6:-4] == ["no score (NaN or infinity): L0H1", f"selected (worst): {file.chosen}"]
+    assert table[-3].split() == [
+        str(file.chosen.items[0]),
+        "0.0200",
+        "0.0100",
+        *["0.0100", "±", "0.0020", "+5.0", "93/100"],
+    ]
+    assert table[-1].startswith(
+        "The rank correlation of two halves is 0.81. The mean score by samples: 0.2000 for 250 "
+    )
 
 
 BEFORE = {"model": "m", "teacher": "t", "dataset": "d", "samples": 40, "model_fingerprint": "a" * 64}

@@ -15,10 +15,10 @@ from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
 from llamafactory_hera.heads import Target, Targets
 from llamafactory_hera.heads.capture import HeadCapture
 from llamafactory_hera.heads.families import decoder_layers
-from llamafactory_hera.selection import resolve
+from llamafactory_hera.selection import choice
+from llamafactory_hera.selection.choice import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.passes import Forward
-from llamafactory_hera.selection.resolve import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.scores import ScoreFile
 from tests.ranks import holder, run_ranks
@@ -148,8 +148,8 @@ def test_the_file_holds_the_origin_of_the_heads(tmp_path):
 
 def _select_on_a_rank(rank: int) -> tuple:
     folder, read, ran = Path(os.environ["SELECTION_TEST_FOLDER"]), [], []
-    fingerprint, run = resolve.model_fingerprint, Forward.run
-    resolve.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
+    fingerprint, run = choice.model_fingerprint, Forward.run
+    choice.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
     heads = select_targets(text_inputs(folder), settings(select_samples=40), folder / "two/heads.json")
     n_samples = sum(ran)

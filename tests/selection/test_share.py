@@ -84,7 +84,12 @@ def test_a_run_is_pushed_with_a_card_and_without_paths_and_pulled(hub: dict[str,
     for source in ("run", "run/hera/heads.json"):  # the second time, the card is replaced
         assert main(["heads", "push", source, ID]) == 0
     card = hub[f"{ID}/README.md"].decode()
-    for line in ("# The heads of tiny for HeRA", "| L1H0 | 0.0200 | 2.00 |", "| k | 10 |", "| dataset | captions |"):
+    for line in (
+        "# The heads of tiny for HeRA",
+        "| L1H0 | 0.0200 | 0.0100 | 0.0100 ± 0.0020 | +5.0 | 93/100 |",
+        "| k | 10 |",
+        "| dataset | captions |",
+    ):
         assert f"{line}\n" in card
     assert b"/home/me" not in b"".join(hub.values())
     assert main(["heads", "pull", ID, "here"]) == 0

@@ -109,7 +109,12 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate: Any) ->
 
 def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance: Any) -> Path:
     """Writes the file of a selection of the two worst heads, or of the given layers; a NaN score is stored as null."""
+    chosen = {"heads": list(map(str, choose_targets(scores, "worst", 2)))} if layers is None else {"layers": layers}
+    row = {"score": 0.02, "mean": 0.01, "deviation": 0.002, "z": 5.0, "halves": 93}
+    galleries = [{"samples": n, "mean": 0.2, "chance": 10 / (n - 1)} for n in (250, 500, 1000)]
+    names = [name for chosen_names in chosen.values() for name in chosen_names]
     origin = {
+        "firmness": {"chosen": dict.fromkeys(names, row), "rank_correlation": 0.81, "galleries": galleries},
         "model": "some/model",
         "teacher": "facebook/dinov2-large",
         "dataset": "captions",
@@ -129,7 +134,6 @@ def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None
         "layer_scores": [0.2] * len(scores),
         "scores": [[None if math.isnan(score) else score for score in row] for row in scores],
     }
-    chosen = {"heads": list(map(str, choose_targets(scores, "worst", 2)))} if layers is None else {"layers": layers}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**chosen, "provenance": origin | provenance}))
     return path

@@ -2,7 +2,7 @@
 
 from .losses import cka_loss, contrastive_loss, cosine_loss
 from .neighbors import chance_level, mutual_knn, nearest_neighbors
-from .scoring import score_features, score_heads
+from .scoring import score_heads
 
 __all__ = [
     "chance_level",
@@ -11,6 +11,5 @@ __all__ = [
     "cosine_loss",
     "mutual_knn",
     "nearest_neighbors",
-    "score_features",
     "score_heads",
 ]

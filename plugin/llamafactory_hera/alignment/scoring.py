@@ -33,26 +33,48 @@ def score_heads(
         ``[L, H]`` in fp32 on the device of the features, where H is the largest number of heads of a layer. A head
         that does not exist is NaN, and, with a warning, a head whose outputs or weights contain NaN or infinity.
     """
-    scores: list[Tensor] = []
-    for outputs, weight in zip(pooled, o_proj_weights, strict=True):
-        heads = zip(outputs.unbind(1), weight.unflatten(1, outputs.shape[1:]).unbind(1), strict=True)
-        layer = [score_features(h, teacher_neighbors, normalize, columns) for h, columns in heads]
-        scores.append(torch.stack(layer) if layer else outputs.new_zeros(0))
-        for head in scores[-1].isnan().nonzero().flatten().tolist():
-            logger.warning("L%dH%d has no score: its output or weight has NaN or infinity.", len(scores) - 1, head)
-    return pad_sequence(scores, True, torch.nan)
+    neighbors = head_neighbors(pooled, o_proj_weights, teacher_neighbors.shape[1], normalize)
+    return mean_shared(shared_neighbors(neighbors, teacher_neighbors), teacher_neighbors.shape[1])
 
 
-def score_features(
-    features: Tensor, teacher_neighbors: Tensor, normalize: bool = True, weight: Tensor | None = None
+def head_neighbors(
+    pooled: Iterable[Tensor], o_proj_weights: Iterable[Tensor], k: int, normalize: bool = True
 ) -> Tensor:
-    """Computes the MKNN of one set of features, such as a layer's output, in the same way as :func:`score_heads`."""
-    n, k = teacher_neighbors.shape
-    if n != len(features):
-        raise ValueError(f"teacher_neighbors has {n} samples, but features has {len(features)}; use the same samples.")
-    nearest = nearest_samples(features, weight, torch.arange(n), k, normalize)
-    shared = (nearest[:, :, None] == teacher_neighbors.to(nearest.device)[:, None]).sum()
-    return torch.where(nearest[0, 0] < 0, torch.nan, shared.double() / (n * k)).float()
+    """Finds the ``k`` nearest neighbors ``[L, H, N, k]`` of every sample for every head; -1 for a head without them.
+
+    The arguments, and the heads that have no neighbors, are those of :func:`score_heads`.
+    """
+    layers = []
+    for number, (outputs, weight) in enumerate(zip(pooled, o_proj_weights, strict=True)):
+        rows, n_heads = torch.arange(len(outputs)), outputs.shape[1]
+        heads = zip(outputs.unbind(1), weight.unflatten(1, outputs.shape[1:]).unbind(1), strict=True)
+        layer = torch.full((n_heads, len(outputs), k), -1, dtype=torch.int32, device=outputs.device)
+        for head, (features, columns) in enumerate(heads):
+            layer[head] = nearest_samples(features, columns, rows, k, normalize)
+            if layer[head, 0, 0] < 0:
+                logger.warning("L%dH%d has no score: its output or weight has NaN or infinity.", number, head)
+        layers.append(layer)
+    return pad_sequence(layers, True, -1)
+
+
+def shared_neighbors(neighbors: Tensor, teacher_neighbors: Tensor) -> Tensor:
+    """Counts the neighbors that each sample shares with the teacher: ``[..., N]`` in fp32, NaN where there are none.
+
+    ``neighbors`` are ``[..., N, k]``, for instance those of every head, and ``teacher_neighbors`` are ``[N, k]``.
+    """
+    n, teacher = neighbors.shape[-2], teacher_neighbors.to(neighbors.device)
+    if n != len(teacher):
+        raise ValueError(f"teacher_neighbors has {len(teacher)} samples, but features has {n}; use the same samples.")
+    # one head after the other, because the comparison takes k times the memory of its neighbors
+    heads = neighbors.view(-1, *neighbors.shape[-2:])
+    counts = [(head[:, :, None] == teacher[:, None]).sum((1, 2)) for head in heads]
+    shared = torch.stack(counts).view(neighbors.shape[:-1]).float()
+    return shared.masked_fill(neighbors[..., 0] < 0, torch.nan)
+
+
+def mean_shared(counts: Tensor, k: int) -> Tensor:
+    """Turns the counts ``[..., N]`` of :func:`shared_neighbors` into MKNN, in fp32."""
+    return (counts.mean(-1, dtype=torch.float64) / k).float()
 
 
 @torch.no_grad()

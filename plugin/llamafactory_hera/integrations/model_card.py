@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from ..files import CARD, RUN_FOLDER, read_json, reading, write_json, write_text
 from ..heads.families import model_config
 from ..heads.targets import file_name
+from ..selection.firmness import Firmness
 from ..selection.report import Comparison
 from ..selection.scores import ScoreFile, command_line, package_versions
 from .messages import compared_at_once, neighbors_taken
@@ -41,6 +42,7 @@ def write_card(trainer: Any) -> None:
     with suppress(ValueError):  # the heads were written by hand, so their scores before training are unknown
         file = ScoreFile.load(folder / RUN_FOLDER / file_name(trainer.aligner.targets.granularity))
         content |= _values(Comparison([file], ["before"], trainer.aligner.targets, "aligned"))
+        content["firmness"] = file.firmness._asdict()
     card = _with_section(folder, content)
     data: Any = card.data
     data.pipeline_tag = content["task"]
@@ -147,6 +149,8 @@ def _section(content: dict[str, Any]) -> str:
         parts += ["\n".join(rows), f"Measured on {scores['setting']}."]
         if scores["names"] == ["before"]:
             parts.append("`llamafactory-hera score` measures the trained model.")
+    if "firmness" in content:
+        parts += [f"The selection of the {what}, before training:", Firmness(**content["firmness"]).markdown]
     parts.append(f"```python\n{content['usage']}\n```")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")

@@ -119,7 +119,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedRows:
     """Returns the rows of a Trainer's training data, which its own collator encodes."""
     data, decode = undecoded_rows(trainer.train_dataset, images_of)
-    rows: Any = list(islice(data, STREAM_ROWS * config.select_samples)) if is_stream(data) else data
+    rows: Any = list(islice(data, STREAM_ROWS * config.most_samples)) if is_stream(data) else data
 
     def collate(rows: list[Any]) -> dict[str, Any]:
         if decode is not None:

@@ -1,1 +1,1 @@
-"""Head selection: `resolve.select_targets` scores and chooses heads, given a host's `samples.SelectionInputs`."""
+"""Head selection: `choice.select_targets` scores and chooses heads, given a host's `samples.SelectionInputs`."""

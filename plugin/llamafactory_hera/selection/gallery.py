@@ -7,7 +7,7 @@ import json
 import os
 import textwrap
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
@@ -19,9 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..alignment.scoring import nearest_samples
 from ..files import PICTURE, check_replaceable, reading, write_safetensors
 from ..heads.targets import Target, Targets
 from ..heads.tokens import IGNORE_INDEX
@@ -38,29 +36,18 @@ _SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
 
 
 def write_neighbors(
-    scores: Path,
-    samples: Sequence[Sample],
-    teacher: Tensor,
-    outputs: Iterable[tuple[Tensor, Tensor]],
-    normalize: bool,
-    tokenizer: Any,
+    scores: Path, samples: Sequence[Sample], teacher: Tensor, heads: Tensor, tokenizer: Any = None
 ) -> None:
     """Writes, next to a file of scores, the neighbors of up to twelve of the N samples, which are equally spaced.
 
-    ``teacher`` contains the teacher's neighbors ``[N, k]``. ``outputs`` yields the head outputs ``[N, H, d]`` and the
-    ``o_proj.weight`` of each layer. The tokenizer decodes the captions; without one (None) they are empty.
+    ``teacher`` contains the teacher's neighbors ``[N, k]``, and ``heads`` those of every head ``[L, H, N, k]``. The
+    tokenizer decodes the captions; without one, they are empty.
     """
-    n, k = teacher.shape
-    queries = torch.linspace(0, n - 1, min(_QUERIES, n)).round().long()
-    heads = []
-    for of_heads, weight in outputs:
-        pairs = zip(of_heads.unbind(1), weight.unflatten(1, of_heads.shape[1:]).unbind(1), strict=True)
-        found = [nearest_samples(*pair, queries, k, normalize).cpu() for pair in pairs]
-        heads.append(torch.stack(found) if found else torch.empty(0, len(queries), k, dtype=torch.long))
-    tensors = {"queries": queries, "teacher": teacher.cpu()[queries], "heads": pad_sequence(heads, True, -1)}
+    queries = torch.linspace(0, len(samples) - 1, min(_QUERIES, len(samples))).round().long()
+    tensors = {"queries": queries, "teacher": teacher[queries], "heads": heads[:, :, queries]}
+    tensors = {name: tensor.int() for name, tensor in tensors.items()}
     used = torch.cat([tensor.flatten() for tensor in tensors.values()]).unique()
     stored = {row: _image_and_caption(samples[row], tokenizer) for row in used[used >= 0].tolist()}
-    tensors = {name: tensor.int() for name, tensor in tensors.items()}
     write_safetensors(scores.with_suffix(_SUFFIX), tensors, {"samples": json.dumps(stored)})
 
 

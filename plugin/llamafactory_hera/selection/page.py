@@ -95,6 +95,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         "meaning": meaning,
         "head": targets.names[0],
         "setting": files[0].setting,
+        "note": f"{files[0].firmness.note} {files[0].firmness.warning}",
         "training": training,
         "files": "\n".join(f"{name}: {file.path}" for name, file in zip(names, files, strict=True)),
         "command": command_line(),
@@ -104,6 +105,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         "small": small,
         "gallery": gallery,
         "table": _table(comparison.table),
+        "firmness": _table(files[0].firmness.table),
         "maps": "".join(f"<h2>{escape(name)}</h2>{image}" for name, image in zip(names, maps, strict=True)),
     }
 

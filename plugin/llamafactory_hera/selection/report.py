@@ -132,7 +132,10 @@ def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[fl
     known = np.ma.masked_invalid(scored.scores)
     names = " ".join(map(str, marked[:8])) + (" …" if len(marked) > 8 else "")
     scale = dict(zip(("vmin", "vmax"), limits, strict=False))
-    bar = plots.heat_map(figure, heat, known, size, names and f"marked: {names}", **scale)
+    firm = [(target.layer, row) for target in marked if (row := scored.firmness.chosen.get(str(target)))]
+    halves = " ".join(str(row["halves"]) for _, row in firm[:8])
+    title = f"marked: {names}" + (f"\nchosen in % of random halves: {halves}" if halves else "")
+    bar = plots.heat_map(figure, heat, known, size, title if names else "", **scale)
     bar.set_label(f"MKNN (chance {scored.chance:.3f})")
     for layer, head in np.argwhere(known.mask):
         heat.text(head, layer, "×", ha="center", va="center", fontsize=7, color=plots.GRAY)
@@ -142,6 +145,10 @@ def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[fl
     curves.plot(layers, scored.layer_scores, "o-", color="black", markersize=3, label="layer output")
     curves.plot(layers, worst, "v-", color=plots.ORANGE, markersize=4, label="worst head of the layer")
     curves.axhline(scored.chance, **_CHANCE)
+    if firm:
+        ends = {"x": [layer for layer, _ in firm], "y": [row["mean"] for _, row in firm]}
+        ends["yerr"] = [2 * row["deviation"] for _, row in firm]
+        curves.errorbar(**ends, fmt="none", ecolor=plots.GREEN, label="marked, samples permuted (± 2 σ)")
     for layer, head in marked:
         if head is None:
             curves.plot(layer, scored.layer_scores[layer], "o", color=plots.ORANGE, markersize=10, fillstyle="none")

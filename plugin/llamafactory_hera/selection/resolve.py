@@ -1,43 +1,28 @@
 """The heads or layers of a run: named in its settings, read from a file, or selected before training (``auto``)."""
 
 import logging
-import math
 import random
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor
 
-from ..alignment.neighbors import chance_level, nearest_neighbors
-from ..alignment.scoring import score_features, score_heads
 from ..config import HeraConfig, selection_keys
-from ..distributed import on_first, rank, world_size
-from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked
-from ..heads.families import head_layout, model_config
-from ..heads.fingerprint import model_fingerprint
-from ..heads.probe import projection_weights
+from ..distributed import on_first, rank
+from ..files import RUN_FOLDER
 from ..heads.targets import AUTO, Targets, file_name
-from ..teachers.cache import FeatureCache
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
-from ..teachers.images import chosen_image, image_key
-from .gallery import write_neighbors
-from .passes import fill_cache, pooled_outputs
+from .choice import select_targets
 from .report import show
-from .samples import Sample, SelectionInputs, draw_samples, neighbor_count
-from .scores import SAME_RUN, SAME_SELECTION, choose_targets, differences, package_versions
+from .samples import SelectionInputs
+from .scores import SAME_RUN, SAME_SELECTION, differences
 
 logger = logging.getLogger("llamafactory_hera")
-
-_TEACHER_FEATURES = "features-teacher"  # replaces hera_teacher_cache during a selection
 
 
 @dataclass(frozen=True)
@@ -121,98 +106,3 @@ def untouched_random_state() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy_state)
-
-
-def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores all heads and layers, chooses targets, and writes both to a file. All processes call it together."""
-    with ExitStack() as stack:
-        if path.parent.name == RUN_FOLDER:
-            on_first(lambda: stack.enter_context(locked(path.parents[1])))
-        on_first(lambda: check_replaceable({path: '"provenance"', path.with_suffix(".png"): PICTURE}))
-        samples = draw_samples(inputs.source, config)
-        neighbors, digest_of_teacher = _teacher_neighbors(samples, inputs, config, path.parent)
-        model = inputs.load_model()
-        layout = head_layout(model_config(model))
-        by_head, rule = config.granularity == "head", (config.select, config.select_m, config.select_seed)
-        # where a head may be chosen; a layer without such heads has no score for the choice
-        taken = [n if config.select_mixers == "all" or mixer == "attention" else 0 for mixer, n, *_ in layout.layers]
-        allowed = np.arange(layout.n_heads) < np.array(taken)[:, None]
-        # raises before the passes if there are too few heads or layers
-        choose_targets(np.where(allowed, 0, np.nan) if by_head else np.zeros(layout.n_layers), *rule)
-        heads, layers = pooled_outputs(inputs, model, [sample.features for sample in samples], config)
-
-        def of_each_layer(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-            return (output.to(next(model.parameters()).device) for output in outputs)
-
-        def choose() -> Targets:
-            scores = score_heads(of_each_layer(heads), projection_weights(model), neighbors, config.normalize)
-            of_layers = (
-                score_features(output, neighbors, config.normalize) for output in of_each_layer(layers.unbind(1))
-            )
-            layer_scores = torch.stack(list(of_layers))
-            if scores.isnan().all():
-                problem = "the output of every head contains NaN or infinity; the checkpoint is damaged, or needs"
-                raise ValueError(f"model: {problem} more than the range of fp16: use bf16 or fp32.")
-            provenance = {
-                "model": inputs.model_name,
-                "adapters": [str(folder) for folder in inputs.adapter_folders],
-                "teacher": config.teacher,
-                "keys": selection_keys(config),
-                "dataset": inputs.dataset_name,
-                "batch_size": config.select_batch_size,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": package_versions(),
-                "model_fingerprint": model_fingerprint(inputs.weights, layout, inputs.adapter_folders),
-                "teacher_fingerprint": digest_of_teacher,
-                "samples_digest": sha256(b"".join(sample.key for sample in samples)).hexdigest(),
-                "samples": len(samples),
-                "compute_dtype": str(inputs.autocast or next(model.parameters()).dtype).removeprefix("torch."),
-                "chance_level": chance_level(*neighbors.shape),
-                "layer_scores": _as_json(layer_scores),
-                "scores": [_as_json(row) for row in scores],
-            }
-            choosable = np.where(allowed, scores.numpy(force=True), np.nan) if by_head else layer_scores.tolist()
-            chosen = Targets(choose_targets(choosable, *rule), provenance)
-            outputs = zip(of_each_layer(heads), projection_weights(model), strict=True)
-            write_neighbors(path, samples, neighbors, outputs, config.normalize, inputs.tokenizer)
-            chosen.save(path)
-            shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
-            return chosen
-
-        return on_first(choose)
-
-
-def _as_json(scores: Tensor) -> list[float | None]:
-    return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
-
-
-def _teacher_neighbors(
-    samples: list[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
-) -> tuple[Tensor, str]:
-    """Returns the teacher's neighbors ``[N, k]`` of N images and its fingerprint, and frees its memory."""
-    teacher = inputs.load_teacher()
-    place = config.teacher_cache or folder / _TEACHER_FEATURES
-    cache = FeatureCache(place, teacher.fingerprint, teacher.dim)
-    share = {sample.key: sample.image for sample in samples[rank() :: world_size()]}
-    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
-    found = cache.get([sample.key for sample in samples])
-    features = torch.stack([feature for feature in found if feature is not None]).float().to(teacher.device)
-    digest = teacher.fingerprint
-    del teacher
-    clear_device_cache(garbage_collection=True)
-    return nearest_neighbors(features, neighbor_count(config, len(samples)), config.normalize), digest
-
-
-def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
-    """Fills the teacher cache with the features of the complete dataset; returns the number of images in it."""
-    if config.teacher_cache is None:
-        raise ValueError("hera_teacher_cache: it is not set, so --teacher-only has no cache to fill; give a folder.")
-    found = (inputs.source.images(row) for row in range(len(inputs.source)))
-    images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
-    if not images:
-        raise ValueError(f"dataset: {inputs.dataset_name} contains no image; use a dataset with images.")
-    teacher = inputs.load_teacher()
-    cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim)
-    share = {image_key(image): image for image in images[rank() :: world_size()]}
-    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
-    return len(cache)

@@ -136,8 +136,8 @@ def neighbor_count(config: HeraConfig, n: int) -> int:
     return min(config.select_k, (n - 1) // 2)
 
 
-def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
-    """Draws ``hera_select_samples`` samples.
+def draw_samples(source: Source, config: HeraConfig, count: int | None = None) -> list[Sample]:
+    """Draws up to ``count`` samples, by default ``hera_select_samples``; they begin with those of a smaller count.
 
     A second sample of the same image is skipped, because the teacher would count the two as neighbors in any case. The
     paper does not describe how it treats such samples.
@@ -147,16 +147,16 @@ def draw_samples(source: Source, config: HeraConfig) -> list[Sample]:
         tokens = features["labels" if config.pooling == "answer" else "input_ids"]
         return any(token != IGNORE_INDEX for token in tokens)
 
-    asked = config.select_samples
-    samples, without_image, without_text = draw(source, asked, config.select_seed, config.image_index, has_tokens)
+    count = config.most_samples if count is None else count
+    samples, without_image, without_text = draw(source, count, config.select_seed, config.image_index, has_tokens)
     n, skipped = len(samples), f"{without_image} have no image, {without_text} have no text to average"
     if n < 3:
         raise ValueError(
             f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), and a "
             "selection needs 3 or more; use more data, or name the heads in hera_heads."
         )
-    if n < asked:
-        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", asked, n, skipped)
+    if n < count == config.select_samples:
+        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", count, n, skipped)
     if (chance := chance_level(n, k := neighbor_count(config, n))) > _HIGH_CHANCE:
         logger.warning(
             f"hera_select_samples: {n} samples (hera_select_k: {config.select_k}, {k} taken) let unrelated features "

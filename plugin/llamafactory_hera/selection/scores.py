@@ -20,12 +20,13 @@ from ..config import SCORE_KEYS, SELECTION_KEYS, Strategy
 from ..files import RUN_FOLDER, reading
 from ..heads.targets import Granularity, Target, Targets
 from ..keys import changes
+from .firmness import Firmness
 
 #: Files of scores, or folders of runs.
 Paths = Sequence[str | os.PathLike]
 #: The files with scores in the folder of a run: of the trained model, of the model before training, and selections.
 SCORE_FILES = ("scores.json", "before.json", "heads.json", "layers.json")
-_SELECTIONS = SCORE_FILES[2:]
+SELECTIONS = SCORE_FILES[2:]
 #: Two selections that share these entries choose the same targets, so ``auto`` reuses the earlier one.
 SAME_SELECTION = (*SELECTION_KEYS, "dataset", "model", "teacher")
 #: A run must share these entries with the selection whose heads it trains.
@@ -73,6 +74,7 @@ class ScoreFile:
     chance: float  #: The MKNN that unrelated features reach on average.
     scores: np.ndarray  #: MKNN of the heads, ``[L, H]``, NaN without a score.
     layer_scores: np.ndarray  #: MKNN of the outputs of the layers, ``[L]``.
+    firmness: Firmness  #: How firm the choice is.
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
@@ -89,14 +91,16 @@ class ScoreFile:
             lacking = {"model", "teacher", "dataset", "keys", "samples"} - origin.keys()
             if lacking or heads.ndim != 2 or layers.shape != heads.shape[:1] or np.isnan(heads).all():
                 raise ValueError(f"it lacks {', '.join(lacking) or 'scores that fit together'}")
-            return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers)
+            firmness = Firmness(**origin["firmness"])
+            _ = firmness.table, firmness.note, firmness.warning  # raise if entries have other types
+            return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers, firmness)
 
     @property
     def marked(self) -> Targets | None:
         """What a selection chose; for other scores in the folder of a run, what the run aligns, if it is known."""
-        if self.path.name in _SELECTIONS:
+        if self.path.name in SELECTIONS:
             return self.chosen
-        path = next(filter(Path.is_file, map(self.path.with_name, _SELECTIONS)), None)
+        path = next(filter(Path.is_file, map(self.path.with_name, SELECTIONS)), None)
         return None if path is None else Targets.load(path)
 
     @property
@@ -154,8 +158,13 @@ def render_table(scored: ScoreFile) -> str:
     values = scored.scores if scored.chosen.granularity == "head" else scored.layer_scores
     if broken := [str(Target(*map(int, place))) for place in np.argwhere(np.isnan(values))]:
         lines.append(f"no score (NaN or infinity): {' '.join(broken)}")
-    if scored.path.name in _SELECTIONS:
+    if scored.path.name in SELECTIONS:
         lines.append(f"selected ({scored.provenance['keys'].get('hera_select')}): {scored.chosen}")
+    lines += [
+        "".join(f"{cell:>{width}}" for cell, width in zip(row, (7, 9, 9, 18, 8, 11), strict=True))
+        for row in scored.firmness.table
+    ]
+    lines.append(scored.firmness.note)
     return "\n".join(lines)
 
 

@@ -22,8 +22,9 @@ from ..heads.targets import Targets, file_name
 from ..heads.tokens import IGNORE_INDEX, check_row_count, token_mask
 from ..teachers.encoder import VisionTeacher
 from ..teachers.images import ImageLike, image_key, images_by, load_image, sample_images
+from .choice import select_targets
 from .report import show
-from .resolve import select_targets, untouched_random_state
+from .resolve import untouched_random_state
 from .samples import Collate, Features, SelectionInputs, encode_caption, with_mode
 
 #: The number of rows that are searched for an image first. If none has one, all rows of a sized dataset are searched.

@@ -20,9 +20,7 @@ tags: [hera, hera-heads]{base}
 With `hera_{what}: hf:{repository}`, a run aligns these {what} with {teacher} by [Head-Wise Representation
 Alignment](https://arxiv.org/abs/2606.23885). A run with another model or another teacher refuses them.
 
-| selected {what}, least aligned first | MKNN with the teacher | / chance |
-|---|--:|--:|
-{scores}
+{firmness}
 
 | provenance | |
 |---|---|
@@ -72,10 +70,9 @@ def _public(value: Any) -> Any:
 
 
 def _card(file: ScoreFile, chosen: Targets, repository: str) -> str:
-    origin, ranked = chosen.provenance, file.ranked()
-    scores = [f"| {t} | {ranked[t]:.4f} | {ranked[t] / file.chance:.2f} |" for t in chosen.items]
-    facts = {"k": file.k} | {name: value for name, value in origin.items() if value and "scores" not in name}
-    values = {**origin, "repository": repository, "what": chosen.plural, "scores": "\n".join(scores)}
+    origin, omitted = chosen.provenance, ("scores", "layer_scores", "firmness")
+    facts = {"k": file.k} | {name: value for name, value in origin.items() if value and name not in omitted}
+    values = {**origin, "repository": repository, "what": chosen.plural, "firmness": file.firmness.markdown}
     values["base"] = f"\nbase_model: {origin['model']}" if "/" in origin["model"] else ""
     values["provenance"] = "\n".join(f"| {name} | {str(fact).replace('|', ' ')} |" for name, fact in facts.items())
     return _CARD.format(**values)

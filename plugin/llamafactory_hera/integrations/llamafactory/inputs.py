@@ -51,7 +51,7 @@ def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs
         host.data.media_dir = str(images) if images.is_dir() else host.data.media_dir
     weights = model_folder(host.model)  # first, because the host's error about a missing model does not name it
     captions = config.select_mode == "llm"  # for the language model, without images
-    rows, training = (_Captions if captions else Samples)(host, config.select_samples), host.training
+    rows, training = (_Captions if captions else Samples)(host, config.most_samples), host.training
     return SelectionInputs(
         load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, training.device, teacher_dtype(training)),
         weights=weights,
