@@ -150,7 +150,7 @@ def _section(content: dict[str, Any]) -> str:
         if scores["names"] == ["before"]:
             parts.append("`llamafactory-hera score` measures the trained model.")
     if "firmness" in content:
-        parts += [f"The selection of the {what}, before training:", Firmness(**content["firmness"]).markdown]
+        parts += [f"The selection of the {kind}, before training:", Firmness(**content["firmness"]).markdown]
     parts.append(f"```python\n{content['usage']}\n```")
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(f"Versions: {versions}. `{RUN_FOLDER}/{CARD}` contains the same values and all log lines.")
