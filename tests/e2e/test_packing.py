@@ -254,9 +254,9 @@ def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_proc
     assert found[0]["hera_loss"] > 0
 
 
-@pytest.mark.parametrize("accumulate", ["none", "gradcache"])
-def test_a_packed_run_accumulates_and_remembers_samples(train: Train, accumulate: str) -> None:
+@pytest.mark.parametrize(("accumulate", "ranks"), [("none", 1), ("gradcache", 1), ("gradcache", 2)])
+def test_a_packed_run_accumulates_and_remembers_samples(train: Train, accumulate: str, ranks: int) -> None:
     keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "hera_accumulate": accumulate}
-    run = train(PACKED, LORA, keys, {"hera_memory": 8})
-    assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows
+    run = train(PACKED, LORA, keys, {"hera_memory": 8}, ranks=ranks)
+    assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows of a process
     assert run.logs()[1]["hera_loss"] > 0

@@ -41,9 +41,10 @@ def test_reference_depends_on_hera_if_there_are_images(tuning: str) -> None:
         assert (hera[TAU] != 0) == (data != "text only")
 
 
+@pytest.mark.parametrize(("data", "n_micro"), [("uneven", 1), ("packed", 1), ("packed", 2)])
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-def test_ranks_with_batches_of_different_size(workers: WorkerPair, engine: str) -> None:
+def test_ranks_with_batches_of_different_size(workers: WorkerPair, engine: str, data: str, n_micro: int) -> None:
     # each rank's LM loss has equal weight regardless of its size, so only the HeRA term equals the global batch's
-    expected = expected_gradients("full", "uneven")
-    found = workers.run(gradients, engine, "full", "off", ("uneven",))
-    assert relative_error(found[0]["uneven"]["hera"], expected["hera"]) <= BOUND
+    expected = expected_gradients("full", data)
+    found = workers.run(gradients, engine, "full", "off", (data,), n_micro)
+    assert relative_error(found[0][data]["hera"], expected["hera"]) <= BOUND

@@ -191,15 +191,26 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
     return Batch(inputs, teacher)
 
 
+def _packed(batch: Batch) -> Batch:
+    """Joins the samples of a batch in one row, in which they do not attend to each other."""
+    kept = batch.inputs["attention_mask"].bool()
+    number, positions = kept.nonzero().T
+    seen = (number == number.unsqueeze(1)) & torch.ones(len(number), len(number)).tril().bool()
+    inputs = {name: batch.inputs[name][kept].unsqueeze(0) for name in ("input_ids", "labels")}
+    inputs |= {"attention_mask": torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]}
+    inputs |= {"position_ids": positions.unsqueeze(0), "pixel_values": batch.inputs["pixel_values"]}
+    return Batch(inputs, batch.teacher | {"hera_pieces": number.unsqueeze(0) + 1})
+
+
 def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     """Returns the global batch and its parts, ``n_micro`` for each rank, ordered by rank.
 
-    ``uneven`` gives the first rank 5 samples and the second 3.
+    ``uneven`` and ``packed`` give the first rank 5 samples and the second 3; ``packed`` joins those of a part.
     """
     generator = torch.Generator().manual_seed(3)
     n = RANKS * PER_RANK
-    n_images = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n}[data]
-    bounds = [0, PER_RANK + 1, n] if data == "uneven" else range(0, n + 1, PER_RANK // n_micro)
+    n_images = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n, "packed": n - 1}[data]
+    bounds = [0, 3, 5, 6, n][:: 3 - n_micro] if data in ("uneven", "packed") else range(0, n + 1, PER_RANK // n_micro)
     rows = [_row(generator, with_image=i < n_images) for i in range(n)]
     images = torch.randn(n_images, 3, 16, 16, generator=generator)
     dummy = torch.ones(1, 3, 16, 16)
@@ -208,5 +219,6 @@ def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     for start, stop in pairwise(bounds):
         part = slice(start, stop)
         needs_dummy = start >= n_images
-        parts.append(_batch(rows[part], images[part], pixels[part], dummy if needs_dummy else None))
+        batch = _batch(rows[part], images[part], pixels[part], dummy if needs_dummy else None)
+        parts.append(_packed(batch) if data == "packed" else batch)
     return _batch(rows, images, pixels, dummy if n_images == 0 else None), parts
