@@ -26,7 +26,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),
     "text-only data": ({"dataset": "hera_demo_text"}, ["dataset: no image was found", "an `images` column"]),
     "image tokens cut off": ({"cutoff_len": 12}, ["cutoff_len: 12 cuts", "image tokens"]),
-    "packing": ({"packing": True}, ["packing: True", "attend to each other unless neat_packing is true", "remove"]),
+    "packing": ({"packing": True}, ["packing: True", "attend to each other; set neat_packing: true"]),
     "tokens of packed rows": (
         {"neat_packing": True, "hera_objective": "feature"},
         ["hera_objective: feature", "one sample per row", "contrastive"],

@@ -227,12 +227,21 @@ def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(
         get_checked(host.template, None, host.data, **host.tokens)
 
 
-def test_layers_that_ignore_the_borders_of_samples_are_refused(root: Path, tmp_path: Path) -> None:
-    vlm("qwen3_5").config.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("qwen3_5", "L0 of qwen3_5_text ignore the borders .* flash_attn: fa2"),
+        ("gemma4", "the loss of gemma4_text cannot read the attention mask of packed rows; remove the key"),
+    ],
+)
+def test_models_that_cannot_separate_the_samples_of_a_row_are_refused(
+    kind: str, problem: str, root: Path, tmp_path: Path
+) -> None:
+    vlm(kind).config.save_pretrained(tmp_path)
     keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
     keys |= {"dataset": "rows", "dataset_dir": str(root), "output_dir": str(tmp_path / "out"), "use_cpu": True}
     host = host_arguments(keys | {"hera_teacher": str(root / "teacher"), "neat_packing": True})
-    with pytest.raises(ValueError, match=r"^neat_packing: True .* L0 of qwen3_5_text .* flash_attn: fa2"):
+    with pytest.raises(ValueError, match=f"^neat_packing: True does not work with stage: hera, because {problem}"):
         check_run(HeraConfig.from_keys(host.finetuning), host)
 
 

@@ -36,12 +36,15 @@ _REFUSED = UNREADABLE | {
     "fp8": NO_FP8,
     "use_ray": "it was not tested in Ray's workers (USE_RAY=1 sets it)",
 }
-_PACKING = {"packing": "the samples of a row attend to each other unless neat_packing is true"}
+_PACKING = {"packing": "the samples of a row attend to each other"}
+#: The text models whose loss in transformers fails on the attention mask of packed rows, with and without HeRA.
+_MASKED_LOSS = ("gemma3", "gemma4", "llama4")
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> Any:
     """Checks a training run as far as this needs no weights, and returns the configuration of the model."""
-    refuse_keys(host, _REFUSED if host.data.neat_packing else _REFUSED | _PACKING, "stage: hera")
+    refuse_keys(host, _REFUSED, "stage: hera")
+    refuse_keys(host, {} if host.data.neat_packing else _PACKING, "stage: hera", "set neat_packing: true")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
     config.check_batch(size, steps, world_size(), host.data.neat_packing)
@@ -63,12 +66,17 @@ def check_run(config: HeraConfig, host: HostArguments) -> Any:
 
 
 def _check_borders(layout: HeadLayout, attention: str) -> None:
-    """Refuses packed rows if layers without an attention mask carry values from one sample to the next."""
+    """Refuses packed rows if layers carry values from one sample to the next, or if the loss cannot read the mask."""
     others = [f"L{index}" for index, layer in enumerate(layout.layers) if layer.mixer != "attention"]
-    if others and not (attention == "fa2" and layout.model_type.startswith("qwen3_5")):
+    problem, flash = "", attention == "fa2"
+    if others and not (flash and layout.model_type.startswith("qwen3_5")):
+        problem = f"{', '.join(others)} of {layout.model_type} ignore the borders of samples in a row"
+    elif layout.model_type.startswith(_MASKED_LOSS) and not flash:
+        problem = f"the loss of {layout.model_type} cannot read the attention mask of packed rows"
+    if problem:
         raise ValueError(
-            f"neat_packing: True does not work with stage: hera, because {', '.join(others)} of {layout.model_type} "
-            "ignore the borders of samples in a row; remove the key, or, for Qwen3.5, set flash_attn: fa2."
+            f"neat_packing: True does not work with stage: hera, because {problem}; remove the key"
+            f"{', or, for Qwen3.5, set flash_attn: fa2' * bool(others)}."
         )
 
 
@@ -81,11 +89,11 @@ def check_folders(output_dir: str, host: HostArguments) -> None:
     check_output(output_dir, inputs)
 
 
-def refuse_keys(host: HostArguments, keys: dict[str, str], purpose: str) -> None:
+def refuse_keys(host: HostArguments, keys: dict[str, str], purpose: str, remedy: str = "remove the key") -> None:
     """Refuses keys that are set; ``keys`` maps each of them to the reason."""
     for key, why in keys.items():
         if value := next(filter(None, (getattr(part, key, None) for part in host)), None):
-            raise ValueError(f"{key}: {value} does not work with {purpose}, because {why}; remove the key.")
+            raise ValueError(f"{key}: {value} does not work with {purpose}, because {why}; {remedy}.")
 
 
 def multimodal_config(model_args: Any) -> Any:
