@@ -36,15 +36,11 @@ _REFUSED = UNREADABLE | {
     "fp8": NO_FP8,
     "use_ray": "it was not tested in Ray's workers (USE_RAY=1 sets it)",
 }
-_PACKING = {"packing": "the samples of a row attend to each other"}
-#: The text models whose loss in transformers fails on the attention mask of packed rows, with and without HeRA.
-_MASKED_LOSS = ("gemma3", "gemma4", "llama4")
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> Any:
     """Checks a training run as far as this needs no weights, and returns the configuration of the model."""
     refuse_keys(host, _REFUSED, "stage: hera")
-    refuse_keys(host, {} if host.data.neat_packing else _PACKING, "stage: hera", "set neat_packing: true")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
     config.check_batch(size, steps, world_size(), host.data.neat_packing)
@@ -59,25 +55,22 @@ def check_run(config: HeraConfig, host: HostArguments) -> Any:
         objective.check_model(model_config, str(host.model.flash_attn))
     else:
         VisionTeacher.check(config.teacher)
-    layout = head_layout(model_config)
-    if host.data.neat_packing:
-        _check_borders(layout, host.model.flash_attn)
+    _check_packing(head_layout(model_config), host)
     return model_config
 
 
-def _check_borders(layout: HeadLayout, attention: str) -> None:
-    """Refuses packed rows if layers carry values from one sample to the next, or if the loss cannot read the mask."""
+def _check_packing(layout: HeadLayout, host: HostArguments) -> None:
+    """Refuses packed rows if the model would mix their samples, or if its loss cannot read their attention mask."""
+    flash, text = host.model.flash_attn == "fa2", layout.model_type
     others = [f"L{index}" for index, layer in enumerate(layout.layers) if layer.mixer != "attention"]
-    problem, flash = "", attention == "fa2"
-    if others and not (flash and layout.model_type.startswith("qwen3_5")):
-        problem = f"{', '.join(others)} of {layout.model_type} ignore the borders of samples in a row"
-    elif layout.model_type.startswith(_MASKED_LOSS) and not flash:
-        problem = f"the loss of {layout.model_type} cannot read the attention mask of packed rows"
-    if problem:
-        raise ValueError(
-            f"neat_packing: True does not work with stage: hera, because {problem}; remove the key"
-            f"{', or, for Qwen3.5, set flash_attn: fa2' * bool(others)}."
-        )
+    key, why, remedy = "neat_packing", "", "remove the key"
+    if not host.data.neat_packing:
+        key, why, remedy = "packing", "the samples of a row attend to each other", "set neat_packing: true"
+    elif others and not (flash and text.startswith("qwen3_5")):
+        why = f"{', '.join(others)} of {text} ignore the borders of samples (Qwen3.5 needs flash_attn: fa2)"
+    elif text.startswith(("gemma3", "gemma4", "llama4")) and not flash:  # transformers fails without HeRA, too
+        why = f"the loss of {text} cannot read the attention mask of packed rows"
+    refuse_keys(host, {key: why} if why else {}, "stage: hera", remedy)
 
 
 def check_folders(output_dir: str, host: HostArguments) -> None:
