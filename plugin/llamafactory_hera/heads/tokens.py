@@ -89,7 +89,8 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def grid_side(config: Any, objective: str) -> int:
     """Returns the number of tokens per side of an image's grid; raises ``ValueError`` if there is no square grid."""
-    tower, problem = getattr(config, "vision_config", None), ""
+    tower: Any = getattr(config, "vision_config", None)
+    problem = ""
     if config.model_type not in _FIXED_GRID:
         problem = f"{config.model_type!r} models do not create one"
     elif getattr(config, "vision_feature_select_strategy", "default") == "full" and "siglip" not in tower.model_type:

@@ -73,6 +73,8 @@ class _ScoredSamples:
 
     def __init__(self, inputs: SelectionInputs, config: HeraConfig) -> None:
         self.samples: list[Sample] = []
+        self._heads: list[Tensor] = []
+        self._layers = torch.empty(0)
         self._inputs, self._config = inputs, config
         self._rule = partial(choose_targets, strategy=config.select, m=config.select_m, seed=config.select_seed)
 
@@ -85,15 +87,14 @@ class _ScoredSamples:
             layout = self._layout = head_layout(model_config(self._model))
             # only these heads may be chosen; a layer without heads has none
             widths = [[n] if config.select_mixers in ("all", mixer) else [0] for mixer, n, *_ in layout.layers]
-            heads = np.where(np.arange(layout.n_heads) < widths, 1.0, np.nan)
-            self._choosable = heads if config.granularity == "head" else np.ones(layout.n_layers)
+            of_heads = np.where(np.arange(layout.n_heads) < widths, 1.0, np.nan)
+            self._choosable = of_heads if config.granularity == "head" else np.ones(layout.n_layers)
             self._rule(self._choosable)  # raises before the passes if there are too few heads or layers
         features = [sample.features for sample in samples[known:]]
         heads, layers = pooled_outputs(self._inputs, self._model, features, config)
-        if known:
-            heads = [torch.cat(parts) for parts in zip(self._heads, heads, strict=True)]
-            layers = torch.cat([self._layers, layers])
-        self._heads, self._layers, self.samples = heads, layers, samples
+        self._heads = [torch.cat(parts) for parts in zip(self._heads, heads, strict=True)] if known else heads
+        self._layers = torch.cat([self._layers, layers]) if known else layers
+        self.samples = samples
 
     def _neighbors(self, granularity: Granularity, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Finds neighbors for all heads ``[L, H, N, k]`` or layers ``[L, N, k]``, and for the teacher ``[N, k]``."""

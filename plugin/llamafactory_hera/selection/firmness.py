@@ -82,16 +82,17 @@ def measure_firmness(
         rescore: Returns the scores and the chance level of a selection on a slice of the samples.
         seed: The seed of the random halves and permutations.
     """
-    (n, k), random, rows = teacher.shape, np.random.default_rng(seed), {}
+    (n, k), random = teacher.shape, np.random.default_rng(seed)
+    rows: dict[str, dict[str, float | None]] = {}
     in_halves = chosen_in_halves(choose, counts, random)
     for target in chosen:
         index = target[: counts.ndim - 1]
         permuted = permuted_scores(neighbors[index], teacher, random)
         score, mean, deviation = counts[index].mean() / k, permuted.mean(), permuted.std(ddof=1)
         values = {"score": score, "mean": mean, "deviation": deviation}
-        rows[str(target)] = {name: round(float(value), 7) for name, value in values.items()}
-        rows[str(target)]["z"] = round(float((score - mean) / deviation), 2) if deviation else None
-        rows[str(target)]["halves"] = in_halves[target]
+        z = round(float((score - mean) / deviation), 2) if deviation else None
+        rounded = {name: round(float(value), 7) for name, value in values.items()}
+        rows[str(target)] = {**rounded, "z": z, "halves": in_halves[target]}
     half = n // 2
     parts = {size: rescore(slice(size)) for size in (n // 4, half) if size >= _LEAST}
     correlation = rank_correlation(parts[half][0], rescore(slice(half, 2 * half))[0]) if half in parts else None
@@ -135,4 +136,5 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
         ranks.append((np.cumsum(sizes) - (sizes - 1) / 2)[places])  # equal values share their mean rank
     if min(len(np.unique(each)) for each in ranks) < 2:
         return None
-    return round(float(np.corrcoef(ranks)[0, 1]), 4)
+    first, second = (each - each.mean() for each in ranks)
+    return round(float(first @ second / np.sqrt(first @ first * (second @ second))), 4)
