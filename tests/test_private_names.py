@@ -25,6 +25,7 @@ PRIVATE_NAMES = {
     "a model or configuration of transformers 5.5.4": {
         "_attn_implementation",
         "_gradient_checkpointing_func",
+        "_keys_to_ignore_on_save",
         "_name_or_path",
     },
     "transformers.integrations.deepspeed 5.5.4": {"_hf_deepspeed_config_weak_ref"},

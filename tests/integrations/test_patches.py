@@ -178,7 +178,7 @@ def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], ob
     ("change", "debug", "last"),
     [
         ({"hera_wieght": 1}, "", "llamafactory-hera: hera_wieght: no such key; did you mean hera_weight?"),
-        ({"packing": True}, "1", "ValueError: packing: True does not work with stage: hera"),
+        ({"use_unsloth_gc": True}, "1", "ValueError: use_unsloth_gc: True does not work with stage: hera"),
         ({"stage": "sft", "wieght": 1}, "", "ValueError: Some keys are not used by the HfArgumentParser: "),
     ],
     ids=["an unknown key", "HERA_DEBUG", "another stage"],
