@@ -92,7 +92,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
-    """Sums each tensor over all processes, in one collective in fp32; a boolean becomes true if any process has true."""
+    """Sums each tensor over all processes in one fp32 collective; a boolean is true if it is true on any process."""
     if world_size() == 1:
         return values
     flat = torch.cat([value.detach().flatten().float() for value in values])

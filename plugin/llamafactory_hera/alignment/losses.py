@@ -50,7 +50,7 @@ def sample_losses(
     logarithmic sums of exponentials ``[..., n]``.
     """
     # finite, so that a row stays finite even if all of it is masked; below all dot products
-    logits = (similarities / temperature).masked_fill(~allowed, torch.finfo(similarities.dtype).min)
+    logits = (similarities * (1 / temperature)).masked_fill_(~allowed, torch.finfo(similarities.dtype).min)
     known = neighbors >= 0
     places = neighbors.clamp(min=0).expand(*logits.shape[:-1], -1)
     positive = logits.gather(-1, places).where(known, 0.0).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)

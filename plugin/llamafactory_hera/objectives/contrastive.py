@@ -42,8 +42,8 @@ class Contrastive(Objective):
             place = place.where((place >= 0) & (place < losses.shape[-1]), -1)
             counts = (neighbors >= 0).sum(dim=-1)
             positive = neighbor_mask(place, losses.shape[-1]).T / counts.clamp(min=1)
-            slope = (logits[..., :n_all] - sums.T.unsqueeze(1)).exp() - positive
-            slope = slope.where(counts > 0, 0.0) / temperature
+            slope = (logits[..., :n_all] - sums.T.unsqueeze(1)).exp_().sub_(positive)
+            slope.masked_fill_(counts == 0, 0.0).div_(temperature)
         received = (slope * similarities[..., :n_all]).sum(dim=-1)
         return losses + received - received.detach()
 

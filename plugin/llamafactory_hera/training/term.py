@@ -73,14 +73,11 @@ class HeraTerm:
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
         batch, image_ids = self._batch(representations, teacher, valid, n_rows, keys)
-        losses, found, n_targets = self.objective(batch), batch.own_candidates, len(batch.own)
+        found, n_targets = batch.own_candidates, len(batch.own)
+        agreement = found.agreement(batch.z_all, self.normalize).sum(dim=1)
+        statistics = (agreement, found.chance.sum(), found.known.sum(), found.duplicates)
+        losses = self.objective(batch)
         check_shape(self.objective, losses, [n_targets, len(found.known)], [n_targets])
-        statistics = (
-            found.agreement(batch.z_all, self.normalize).sum(dim=1),
-            found.chance.sum(),
-            found.known.sum(),
-            found.duplicates,
-        )
         teacher, enters = batch.teacher[batch.rows], self.objective.entering(batch)
         term, (shared, chance, n_known, n_duplicates) = mean_term(losses, enters, (batch.own,), teacher, *statistics)
         comparable = term.sound
