@@ -65,6 +65,9 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
         with waits:
             output = term(heads, teacher, entering, temperature, n_rows)
         output.loss.backward()
+        if wrap:  # as ObjectiveOptimizer does
+            dist.all_reduce(log_temperature.grad)
+            log_temperature.grad /= RANKS
         results[f"loss {step}"] = output.loss.detach()
         results[f"mknn {step}"] = output.mknn
         results[f"samples {step}"] = output.n_samples

@@ -15,7 +15,6 @@ import llamafactory_hera
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.rivals import jarvis
 from llamafactory_hera.training.collator import HeraCollator
-from llamafactory_hera.training.teacher_features import TeacherFeatures
 
 _OURS = str(Path(llamafactory_hera.__file__).parent)
 _HOSTS = ("/transformers/trainer.py", "/accelerate/", "/trl/")
@@ -23,7 +22,7 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_di
 _BY_INDEX = ("index", "index_put", "index_put_")
 _COPIES = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 # The tensors of these functions are on the CPU even in a run on a GPU.
-_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, TeacherFeatures.flush, jarvis.draw_blocks)}
+_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, jarvis.draw_blocks)}
 _DRAWS = jarvis.Jarvis.prepare.__code__
 
 

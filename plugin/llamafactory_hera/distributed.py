@@ -1,6 +1,5 @@
 """The processes of a launch, and the gathering of their samples into the global batch with gradients."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,11 +25,9 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # cloned, because autograd may pass the same tensor to other nodes, and the reduction works in place
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        start = dist.get_rank() * ctx.n_rows
-        return gradient[start : start + ctx.n_rows]
+        own = gradient.new_empty(ctx.n_rows, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own
 
 
 def world_size() -> int:
@@ -87,21 +84,26 @@ def common_row_count(n_rows: int, device: torch.device) -> int:
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenates the rows (samples) of all processes in rank order.
 
-    Every process passes the same shape ``[B, ...]``. The backward sums the gradients of each slice over processes. If
-    each process computes the loss of all gathered rows, and the engine averages gradients (DDP, ZeRO, FSDP), each
-    parameter receives the gradient of a single process with the global batch.
+    Every process passes the same shape ``[B, ...]``. The backward pass sums the gradients of each process's rows over
+    all processes. If each process computes its part of a mean over all rows, times the number of processes, and the
+    engine averages gradients (DDP, ZeRO, FSDP), each parameter receives the gradient of one process with all rows.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
 
+def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
+    """Sums each tensor over all processes in one fp32 collective; a boolean is true if it is true on any process."""
+    if world_size() == 1:
+        return values
+    flat = torch.cat([value.detach().flatten().float() for value in values])
+    dist.all_reduce(flat)
+    parts = flat.split([value.numel() for value in values])
+    return tuple(part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True))
+
+
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Averages each value, by the same names, over the processes that know it; NaN marks an unknown value."""
-    if world_size() == 1:
-        return {name: value for name, value in values.items() if not math.isnan(value)}
     names = sorted(values)
-    mine = torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)
-    known = ~mine.isnan()
-    table = torch.stack([torch.where(known, mine, 0.0), known.float()])
-    dist.all_reduce(table)
-    sums, numbers = table.tolist()
-    return {name: total / n for name, total, n in zip(names, sums, numbers, strict=True) if n}
+    own = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
+    sums, counts = sum_over_ranks(own.where(~own.isnan(), 0.0), (~own.isnan()).double())
+    return {name: total / n for name, total, n in zip(names, sums.tolist(), counts.tolist(), strict=True) if n}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from llamafactory_hera.alignment import chance_level, mutual_knn, nearest_neighbors
-from llamafactory_hera.alignment.neighbors import teacher_candidates
+from llamafactory_hera.alignment.neighbors import shared_fraction, teacher_candidates
 
 
 def naive_neighbors(features: Tensor, k: int, normalize: bool) -> list[list[int]]:
@@ -77,15 +77,25 @@ def test_only_allowed_candidates_are_neighbors_and_minus_one_means_none(k):
     student, teacher = torch.randn(2, 9, 4), torch.randn(9, 5)
     ours = [naive_among(head, allowed, k) for head in student]
     theirs = naive_among(teacher, allowed, k)
-    assert nearest_neighbors(student, k, allowed=allowed).tolist() == ours
-    shares = [
-        [len((set(a) & set(b)) - {-1}) / len(set(b) - {-1}) for a, b in zip(head, theirs, strict=True) if max(b) >= 0]
-        for head in ours
-    ]
-    expected = [sum(share) / len(share) for share in shares]
-    assert len(shares[0]) == 5
-    assert mutual_knn(student, teacher, k, allowed=allowed).tolist() == pytest.approx(expected, abs=1e-6)
-    assert mutual_knn(student, teacher, k, allowed=allowed[3:4]).isnan().all()
+    of_student, of_teacher = (nearest_neighbors(side, k, allowed=allowed) for side in (student, teacher))
+    assert (of_student.tolist(), of_teacher.tolist()) == (ours, theirs)
+    for head, shares in zip(ours, shared_fraction(of_student, of_teacher).tolist(), strict=True):
+        pairs = zip(head, theirs, strict=True)
+        expected = [len((set(a) & set(b)) - {-1}) / max(1, len(set(b) - {-1})) for a, b in pairs]
+        assert shares == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 9), slice(9, 20)])
+def test_some_samples_have_the_candidates_that_they_have_among_all(rows):
+    """Features are small integers, so that many similarities tie."""
+    teacher, student = torch.randint(-1, 2, (26, 3)).float(), torch.randint(-1, 2, (2, 26, 3)).float()
+    valid, filled, ids = torch.rand(20) < 0.8, torch.rand(6) < 0.8, torch.randint(0, 9, (26, 2)).float()
+    found, whole = (teacher_candidates(teacher, valid, 3, False, filled, ids, part) for part in (rows, slice(0, 20)))
+    for name in ("allowed", "neighbors", "known", "chance"):
+        assert torch.equal(getattr(found, name), getattr(whole, name)[rows])
+    assert torch.equal(found.agreement(student, False), whole.agreement(student, False)[:, rows])
+    parts = [teacher_candidates(teacher, valid, 3, False, filled, ids, part) for part in (slice(0, 7), slice(7, 20))]
+    assert sum(part.duplicates for part in parts) == whole.duplicates > 0
 
 
 def test_copies_of_a_file_are_no_candidates_even_if_their_features_differ():
@@ -114,7 +124,7 @@ def test_candidates_are_other_valid_images_and_remembered_ones():
     assert torch.equal(half[:, :5], candidates.allowed[:, :5])
     assert torch.equal(half[:, 6], candidates.allowed[:, 6])
     assert not half[:, 5].any()
-    assert candidates.chance.item() == pytest.approx((2 / 4 * 3 + 2 / 5) / 4)
+    assert candidates.chance.tolist() == pytest.approx([2 / 4, 2 / 4, 2 / 5, 2 / 4, 0])
 
 
 def test_unrelated_features_score_at_chance_level():

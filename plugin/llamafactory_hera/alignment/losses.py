@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .neighbors import neighbor_mask, similarity
+from .neighbors import similarity
 
 
 def contrastive_loss(
@@ -36,16 +36,26 @@ def contrastive_loss(
         raise ValueError(f"neighbors: the shape {list(neighbors.shape)} does not fit {n} samples; give [{n}, k].")
     if allowed is None:
         allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
-    positives = neighbor_mask(neighbors, m)
-    queries = z if n == m else z[..., :n, :]
-    logits = similarity(queries, z, normalize) / temperature
-    # finite, so that a row stays finite even if all of it is masked; below all dot products
-    logits = logits.masked_fill(~allowed, torch.finfo(logits.dtype).min)
-    log_probabilities = logits.log_softmax(dim=-1).masked_fill(~positives, 0.0)
-    losses = -log_probabilities.sum(dim=-1) / positives.sum(dim=-1).clamp(min=1)
-    enters = positives.any(dim=-1)
-    of_heads = torch.where(enters, losses, 0.0).sum(dim=-1) / enters.sum().clamp(min=1)
+    losses, _, _ = sample_losses(similarity(z[..., :n, :], z, normalize), neighbors, temperature, allowed)
+    of_heads = losses.sum(dim=-1) / (neighbors >= 0).any(dim=-1).sum().clamp(min=1)
     return of_heads if per_head else of_heads.mean()
+
+
+def sample_losses(
+    similarities: Tensor, neighbors: Tensor, temperature: Tensor | float, allowed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes ``L_RA`` of each sample (paper, eq. 4) from its similarities ``[..., n, M]`` to all candidates.
+
+    Returns the losses ``[..., n]``, which are 0 for a sample without a neighbor, the logits ``[..., n, M]``, and their
+    logarithmic sums of exponentials ``[..., n]``.
+    """
+    # finite, so that a row stays finite even if all of it is masked; below all dot products
+    logits = (similarities * (1 / temperature)).masked_fill_(~allowed, torch.finfo(similarities.dtype).min)
+    known = neighbors >= 0
+    places = neighbors.clamp(min=0).expand(*logits.shape[:-1], -1)
+    positive = logits.gather(-1, places).where(known, 0.0).sum(dim=-1) / known.sum(dim=-1).clamp(min=1)
+    sums = logits.logsumexp(dim=-1)
+    return torch.where(known.any(dim=-1), sums - positive, 0.0), logits, sums
 
 
 def cosine_loss(predicted: Tensor, goal: Tensor) -> Tensor:

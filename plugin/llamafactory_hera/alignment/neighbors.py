@@ -30,15 +30,17 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     if queries.dtype != torch.float64:
         queries, candidates = queries.float(), candidates.float()
     with full_precision(queries.device.type):
-        if normalize:
-            queries, candidates = _unit(queries), _unit(candidates)
-        return queries @ candidates.transpose(-1, -2)
+        if not normalize:
+            return queries @ candidates.transpose(-1, -2)
+        # dividing the products needs no second copy of the candidates, which may be a gigabyte
+        products = (queries / _lengths(queries)) @ candidates.transpose(-1, -2)
+        return products / _lengths(candidates).transpose(-1, -2)
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def _lengths(vectors: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     # dividing a zero vector by a tiny number would send it an enormous gradient
-    return vectors / torch.where(lengths > 1e-12, lengths, 1.0)
+    return torch.where(lengths > 1e-12, lengths, 1.0)
 
 
 @contextmanager
@@ -62,15 +64,18 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None) -> Tensor:
+def nearest_neighbors(
+    features: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None, first: int = 0
+) -> Tensor:
     """Finds ``N_k(i)``: the ``k`` samples most similar to ``i``, excluding ``i`` itself (paper, eq. 2).
 
     Args:
         features: ``[M, D]``, or ``[H, M, D]`` for several sets of features of the same samples.
         k: Neighbors per sample, ``1 <= k <= M - 1``; with ``allowed``, any number above 0.
         normalize: True for cosine similarity, false for the dot product.
-        allowed: Boolean ``[N, M]``, the candidates of each of the first N samples. By default N is M, and all other
-            samples are candidates.
+        allowed: Boolean ``[N, M]``, the candidates of each of N samples. By default N is M, and all other samples are
+            candidates.
+        first: The index of the first of these N samples among the M.
 
     Returns:
         Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of the candidates of a sample
@@ -86,17 +91,28 @@ def nearest_neighbors(features: Tensor, k: int, normalize: bool = True, allowed:
     parts = []
     for start in range(0, n, ROWS):
         rows = slice(start, min(start + ROWS, n))
-        similarities = similarity(features[..., rows, :], features, normalize)
+        similarities = similarity(features[..., first + rows.start : first + rows.stop, :], features, normalize)
         if allowed is None:
             similarities.diagonal(start, dim1=-2, dim2=-1).fill_(-torch.inf)
         else:
             similarities.masked_fill_(~allowed[rows], -torch.inf)
-        ranked = similarities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        ranked = largest(similarities, min(k, m))
         if allowed is not None:
             most = allowed[rows].sum(dim=-1, keepdim=True) // 2
             ranked = ranked.masked_fill(torch.arange(ranked.shape[-1], device=most.device) >= most, -1)
         parts.append(ranked)
     return torch.cat(parts, dim=-2)
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Returns the indices ``[..., k]`` of the largest values of each row, largest first, and ties by index."""
+    # topk alone selects and orders equal values arbitrarily
+    m, index = values.shape[-1], torch.arange(values.shape[-1], device=values.device, dtype=torch.int32)
+    least = values.topk(k).values[..., -1:]
+    priority = torch.where(values > least, 1, torch.where(values == least, -index, -m))
+    chosen = priority.topk(k).indices.sort().values
+    order = values.gather(-1, chosen).sort(dim=-1, descending=True, stable=True).indices
+    return chosen.gather(-1, order)
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
@@ -105,28 +121,33 @@ def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
     return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column collects the -1
 
 
-def mutual_knn(
-    student: Tensor, teacher: Tensor, k: int, normalize: bool = True, allowed: Tensor | None = None
-) -> Tensor:
+def shared_fraction(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the fraction of each sample's teacher neighbors that are student neighbors; 0 for a sample without any.
+
+    Args:
+        student: Neighbors ``[..., N, k]``, with -1 for none.
+        teacher: ``[N, k]``, in the same form.
+    """
+    shared = ((student.unsqueeze(-1) == teacher.unsqueeze(-2)) & (teacher >= 0).unsqueeze(-2)).sum(dim=(-1, -2))
+    return shared / (teacher >= 0).sum(dim=-1).clamp(min=1)
+
+
+def mutual_knn(student: Tensor, teacher: Tensor, k: int, normalize: bool = True) -> Tensor:
     """Computes MKNN, the mean fraction of neighbors that student and teacher share (paper, eq. 3).
 
     Args:
-        student: ``[M, D]``, or ``[H, M, D]`` for the heads of a model.
-        teacher: ``[M, D_teacher]``, features of the same samples in the same order.
+        student: ``[N, D]``, or ``[H, N, D]`` for the heads of a model.
+        teacher: ``[N, D_teacher]``, features of the same samples in the same order.
         k: Neighbors per sample.
         normalize: True for cosine similarity, false for the dot product, for both student and teacher.
-        allowed: The candidates, as for :func:`nearest_neighbors`; samples with fewer than two candidates do not count.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1; NaN if no sample counts. Compare the result with :func:`chance_level`.
+        A scalar, or ``[H]``, between 0 and 1. Compare the result with :func:`chance_level`.
     """
-    m = teacher.shape[-2]
-    if student.shape[-2] != m:
-        raise ValueError(f"student has {student.shape[-2]} samples and teacher {m}; give the same samples to both.")
-    of_student, of_teacher = (nearest_neighbors(side, k, normalize, allowed) for side in (student, teacher))
-    shared = (neighbor_mask(of_student, m) & neighbor_mask(of_teacher, m)).sum(dim=-1)
-    counts = (of_teacher >= 0).sum(dim=-1)
-    return (shared / counts.clamp(min=1)).sum(dim=-1) / (counts > 0).sum()
+    n = teacher.shape[-2]
+    if student.shape[-2] != n:
+        raise ValueError(f"student has {student.shape[-2]} samples and teacher {n}; give the same samples to both.")
+    return shared_fraction(*(nearest_neighbors(side, k, normalize) for side in (student, teacher))).mean(dim=-1)
 
 
 def chance_level(n_samples: int, k: int) -> float:
@@ -136,22 +157,28 @@ def chance_level(n_samples: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates and neighbors of a batch's N samples, among M samples: the batch, then remembered samples."""
+    """The candidates and neighbors of n consecutive samples, among M samples: the batch, then remembered samples."""
 
-    allowed: Tensor  #: Boolean ``[N, M]``, the candidates, with which each sample is compared.
-    neighbors: Tensor  #: ``[N, k]``, the nearest candidates in the teacher's space; -1 beyond half of the candidates.
-    duplicates: Tensor  #: The number of pairs in the batch that show the same image, a scalar.
+    allowed: Tensor  #: Boolean ``[n, M]``, the candidates, with which each sample is compared.
+    neighbors: Tensor  #: ``[n, k]``, the nearest candidates in the teacher's space; -1 beyond half of the candidates.
+    first: int  #: The index of the first of the n samples among the M.
+    #: The number of pairs of a sample with a later sample of the batch that shows the same image, a scalar.
+    duplicates: Tensor
 
     @property
     def known(self) -> Tensor:
-        """The samples that have a neighbor, boolean ``[N]``."""
+        """The samples that have a neighbor, boolean ``[n]``."""
         return (self.neighbors >= 0).any(dim=-1)
 
     @property
     def chance(self) -> Tensor:
-        """The MKNN that unrelated features reach on average; NaN if no sample has a candidate."""
-        counts = (self.neighbors >= 0).sum(dim=-1)
-        return (counts / self.allowed.sum(dim=-1).clamp(min=1)).sum() / self.known.sum()
+        """The agreement of unrelated features on average, ``[n]``; 0 for a sample without a neighbor."""
+        return (self.neighbors >= 0).sum(dim=-1) / self.allowed.sum(dim=-1).clamp(min=1)
+
+    def agreement(self, student: Tensor, normalize: bool) -> Tensor:
+        """Returns the fraction of each sample's neighbors that are neighbors in ``student [H, M, D]``: ``[H, n]``."""
+        found = nearest_neighbors(student, self.neighbors.shape[-1], normalize, self.allowed, self.first)
+        return shared_fraction(found, self.neighbors)
 
 
 def teacher_candidates(
@@ -160,12 +187,13 @@ def teacher_candidates(
     k: int,
     normalize: bool,
     filled: Tensor | None = None,
-    numbers: Tensor | None = None,
+    image_ids: Tensor | None = None,
+    rows: slice = slice(None),
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    Neither a sample itself nor a copy of its image is a candidate. Copies have equal numbers or almost equal features:
-    a teacher in half precision may differ on one file, and two files may contain one picture.
+    Neither a sample itself nor a copy of its image is a candidate. Copies have equal ids or almost equal features: a
+    teacher in half precision may differ on one file, and two files may contain one picture.
 
     Args:
         teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
@@ -174,15 +202,18 @@ def teacher_candidates(
         k: Neighbors per sample, at most half of its candidates.
         normalize: True for cosine similarity, false for the dot product.
         filled: Boolean ``[M - N]``, the places of the memory that contain a sample; None without a memory.
-        numbers: ``[M, 2]``, equal for copies of one image file and 0 if unknown.
+        image_ids: ``[M, 2]``, equal for copies of one image file and 0 if unknown.
+        rows: The n samples of the batch whose candidates are found; by default all.
     """
-    n, m = len(valid), len(teacher)
+    index = torch.arange(len(teacher), device=teacher.device)
+    first, own = rows.indices(len(valid))[0], index[: len(valid)][rows, None]
     usable = valid if filled is None else torch.cat([valid, filled])
-    same_image = similarity(teacher[:n], teacher) > SAME_IMAGE
-    if numbers is not None:
-        same_image |= (numbers[:n, None] == numbers).all(dim=-1) & numbers[:n, None].any(dim=-1)
-    others = ~torch.eye(n, m, dtype=torch.bool, device=teacher.device)
-    pairs = valid[:, None] & usable & others
+    same_image = similarity(teacher[: len(valid)][rows], teacher) > SAME_IMAGE
+    if image_ids is not None:
+        ids = image_ids[: len(valid)][rows, None]
+        same_image |= (ids == image_ids).all(dim=-1) & ids.any(dim=-1)
+    pairs = valid[rows, None] & usable & (index != own)
     allowed = pairs & ~same_image
-    duplicates = (pairs & same_image)[:, :n].sum() // 2
-    return Candidates(allowed, nearest_neighbors(teacher, k, normalize, allowed), duplicates)
+    duplicates = (pairs & same_image & (index > own))[:, : len(valid)].sum()
+    neighbors = nearest_neighbors(teacher, k, normalize, allowed, first)
+    return Candidates(allowed, neighbors, first, duplicates)

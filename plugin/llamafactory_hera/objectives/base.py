@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -33,14 +34,29 @@ class Options:
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """The global batch of N samples, with one vector per sample and target; zeros where a sample is not valid."""
+    """The global batch of N samples, with one vector per sample and target; zeros where a sample is not valid.
 
-    z: Tensor  #: ``[n_targets, N, D]`` in fp32, with gradients
+    All processes have the same batch, and n consecutive samples of it belong to each process.
+    """
+
+    z: Tensor  #: ``[n_targets, N, D]`` in fp32, with gradients, which a backward pass sends to the samples' processes
     z_all: Tensor  #: ``[n_targets, M, D]``: ``z``, followed by remembered representations
     teacher: Tensor  #: ``[N, D_teacher]`` in fp32
     valid: Tensor  #: boolean ``[N]``, true if the sample has an image and pooled tokens
-    candidates: Candidates  #: the candidates of each sample and, among them, its neighbors in the teacher's space
-    normalize: bool = True  #: true for cosine similarity, false for the dot product
+    rows: slice  #: the n samples of this process
+    own: Tensor  #: ``[n_targets, n, D]``: ``z[:, rows]``, but with gradients that never leave this process
+    normalize: bool  #: true for cosine similarity, false for the dot product
+    find_candidates: Callable[[slice], Candidates]
+
+    @cached_property
+    def own_candidates(self) -> Candidates:
+        """The candidates of each sample of this process and, among them, its neighbors in the teacher's space."""
+        return self.find_candidates(self.rows)
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The same for all N samples; computed on first use, because it takes memory quadratic in N."""
+        return self.find_candidates(slice(0, self.z.shape[1]))
 
 
 class Objective(nn.Module, ABC):
@@ -70,14 +86,19 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:
-        """Computes ``[n_targets]`` from a :class:`PooledBatch`, or ``[n_targets, B]`` from a :class:`~.TokenBatch`."""
+        """Computes losses from a :class:`PooledBatch` or a :class:`~.TokenBatch`.
+
+        Returns ``[n_targets, n]``, the losses of the samples of this process, of which the run takes the mean over
+        all samples that enter; 0 for a sample that does not. If the loss of a :class:`PooledBatch` is no such mean,
+        returns ``[n_targets]``, the loss of the global batch, which every process must then compute in the same way.
+        """
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Returns which samples of a pooled batch enter the loss, boolean ``[N]``."""
-        return batch.valid & (batch.valid.sum() >= self.least_samples)
+        """Returns which samples of this process enter the loss of a pooled batch, boolean ``[n]``."""
+        return batch.valid[batch.rows] & (batch.valid.sum() >= self.least_samples)
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Returns whether every sample that enters must receive a gradient, a boolean scalar."""
+        """Returns whether every sample of this process that enters must receive a gradient, a boolean scalar."""
         return self.entering(batch).any()
 
     def values(self) -> dict[str, float]:

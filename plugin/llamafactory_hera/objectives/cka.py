@@ -15,10 +15,11 @@ class CKA(Objective):
     least_samples = 3  # two centered samples are always collinear, so their CKA is 1
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """Computes the loss of each target; 0 for fewer than three samples."""
-        enters = self.entering(batch)
-        return torch.where(enters.any(), cka_loss(batch.z, batch.teacher, enters), 0.0)
+        """Computes the loss of each target over the global batch; 0 for fewer than three samples."""
+        # not a sum over samples, so every process computes all of it
+        enough = batch.valid.sum() >= self.least_samples
+        return torch.where(enough, cka_loss(batch.z, batch.teacher, batch.valid & enough), 0.0)
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Expects gradients only if the batch contains at least two different images."""
-        return super().gradient_expected(batch) & batch.candidates.allowed.any()
+        return super().gradient_expected(batch) & batch.own_candidates.allowed.any()

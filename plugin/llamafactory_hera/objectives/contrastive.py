@@ -5,7 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..alignment.losses import contrastive_loss
+from ..alignment.losses import sample_losses
+from ..alignment.neighbors import neighbor_mask, similarity
+from ..distributed import gather_rows
 from .base import Objective, Options, PooledBatch, register
 
 
@@ -23,19 +25,36 @@ class Contrastive(Objective):
         self.log_temperature = nn.Parameter(log_temperature, requires_grad=not options.config.fixed_temperature)
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """Computes the loss of each target, averaged over the samples that have a neighbor."""
-        neighbors, allowed = batch.candidates.neighbors, batch.candidates.allowed
-        temperature = self.log_temperature.exp()
-        return contrastive_loss(batch.z_all, neighbors, temperature, batch.normalize, allowed, per_head=True)
+        """Computes the loss of each target and of each sample of this process, 0 for a sample without a neighbor.
+
+        The candidates carry no gradient, so the backward pass needs no communication. Instead, each sample receives
+        here the gradient of the losses of all samples that are compared with it, on any process. It follows from
+        three facts: both samples of a pair have the same similarity, each is a candidate of the other, and the other
+        process sends the sums and the neighbors of its samples.
+        """
+        found, temperature, n_all = batch.own_candidates, self.log_temperature.exp(), batch.z.shape[1]
+        similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
+        losses, logits, sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
+        sent = torch.cat([sums.detach().T, found.neighbors.to(sums)], dim=1)
+        sums, neighbors = gather_rows(sent).split([len(sums), sent.shape[1] - len(sums)], dim=1)
+        with torch.no_grad():  # the derivatives of all samples' losses by their similarities to each own sample
+            place = neighbors.long() - found.first
+            place = place.where((place >= 0) & (place < losses.shape[-1]), -1)
+            counts = (neighbors >= 0).sum(dim=-1)
+            positive = neighbor_mask(place, losses.shape[-1]).T / counts.clamp(min=1)
+            slope = (logits[..., :n_all] - sums.T.unsqueeze(1)).exp_().sub_(positive)
+            slope.masked_fill_(counts == 0, 0.0).div_(temperature)
+        received = (slope * similarities[..., :n_all]).sum(dim=-1)
+        return losses + received - received.detach()
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Returns which samples have a neighbor and thus enter the loss."""
-        return batch.candidates.known
+        """Returns which samples of this process have a neighbor and thus enter the loss."""
+        return batch.own_candidates.known
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Expects gradients if every valid sample has a neighbor."""
+        """Expects gradients if every valid sample of this process has a neighbor."""
         enters = self.entering(batch)
-        return enters.any() & (enters | ~batch.valid).all()
+        return enters.any() & (enters | ~batch.valid[batch.rows]).all()
 
     def values(self) -> dict[str, float]:
         """Returns the temperature."""

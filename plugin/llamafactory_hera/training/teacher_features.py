@@ -1,6 +1,7 @@
 """The teacher of a run with its cache, which turns the collator's tensors into features in the training step."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ logger = logging.getLogger("llamafactory_hera")
 class TeacherFeatures:
     """Looks up or computes the teacher's features of a batch; for tokens, ``student`` describes the shared pixels.
 
-    No step waits for the device: ``torch.where`` selects the cached samples on the device, and computed features are
-    copied asynchronously, so that a later step adds them to the cache.
+    ``torch.where`` selects the cached samples on the device. The CPU waits for the device only when it adds computed
+    features to the cache, once per image.
     """
 
     def __init__(
@@ -36,8 +37,6 @@ class TeacherFeatures:
             if student is not None:
                 fingerprint, size = student.fingerprint(fingerprint), size * student.side**2
             self.cache = FeatureCache(config.teacher_cache, fingerprint, size)
-        # keys and features that are being copied to the CPU, and the event that marks the end of the copy
-        self._waiting: list[tuple[Tensor, Tensor, Any]] = []
 
     def features(self, inputs: dict[str, Tensor], pixels: Tensor | None = None) -> Tensor:
         """Returns the features of a batch's samples, ``[B, D_teacher]``, or of their tokens, ``[B, T, D_teacher]``.
@@ -53,7 +52,6 @@ class TeacherFeatures:
         if "hera_features" in inputs:
             held = inputs["hera_features"].view(torch.float16).to(features)
             features = torch.where((source == CACHED).unsqueeze(1), held, features)
-        self.flush(wait=False)
         if pixels is not None and rows is not None:
             if self.student is None:
                 computed = self.encoder.encode(pixels[rows])
@@ -66,28 +64,20 @@ class TeacherFeatures:
         """Sends features to the cache, and returns them rounded as stored there, so a resumed run reads the same."""
         if self.cache is None:
             return computed
-        rounded, arrived = computed.half(), None
-        keys = inputs["hera_keys"][inputs["hera_rows"]]
-        keys, features = (each.to("cpu", non_blocking=True) for each in (keys, rounded))
-        if rounded.device.type != "cpu":
-            arrived = torch.get_device_module(rounded.device).Event()
-            arrived.record()
-        self._waiting.append((keys, features, arrived))
+        rounded, keys = computed.half(), inputs["hera_keys"][inputs["hera_rows"]].cpu()
+        self._write(lambda cache: cache.put([bytes(key) for key in keys.numpy()], rounded.cpu()))
         return rounded.to(computed)
 
-    def flush(self, wait: bool = True) -> None:
-        """Writes the pending features, without ``wait`` only full shards; a failure only disables the cache."""
-        if self.cache is None:
-            return
+    def flush(self) -> None:
+        """Writes the features that the cache still holds in memory; a failure only disables the cache."""
+        self._write(FeatureCache.flush)
+
+    def _write(self, write: Callable[[FeatureCache], None]) -> None:
         try:
-            while self._waiting and (wait or self._waiting[0][2] is None or self._waiting[0][2].query()):
-                keys, features, arrived = self._waiting.pop(0)
-                if arrived is not None:
-                    arrived.synchronize()
-                self.cache.put([bytes(key) for key in keys.numpy()], features)
-            if wait:
-                self.cache.flush()
+            if self.cache is not None:
+                write(self.cache)
         except OSError as error:
+            assert self.cache is not None
             logger.warning(
                 f"hera_teacher_cache: {self.cache.folder} cannot be written ({error}); the run continues without the "
                 "cache and computes the features that it needs."

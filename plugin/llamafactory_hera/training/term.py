@@ -1,27 +1,32 @@
 """The alignment term of one step over the global batch, with its statistics (paper, eq. 8 and 9)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..alignment.neighbors import mutual_knn, teacher_candidates
-from ..distributed import common_row_count, gather_rows, world_size
+from ..alignment.neighbors import teacher_candidates
+from ..distributed import common_row_count, gather_rows, rank, sum_over_ranks, world_size
 from ..objectives.base import Objective, PooledBatch
 from .memory import CrossBatchMemory
 
 
 @dataclass(frozen=True)
 class TermOutput:
-    """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them."""
+    """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them.
+
+    All values but ``gradient_expected`` are those of the global batch, equal on every process.
+    """
 
     loss: Tensor  #: A scalar with gradients; 0 if no sample entered or a value was not finite.
-    n_samples: Tensor  #: The number of samples of the global batch that entered the loss.
+    n_samples: Tensor  #: The number of samples that entered the loss.
     n_duplicates: Tensor  #: The number of pairs of samples that were not compared because both show the same image.
-    sound: Tensor  #: True if every value was finite; if false, loss and gradient are 0. Equal on every process.
-    broken: Tensor  #: ``[n_targets]``, those with a non-finite value; all false if the teacher produced one.
-    gradient_expected: Tensor  #: True if the backward pass must reach every sample in the loss.
+    sound: Tensor  #: True if every value was finite; if false, loss and gradient are 0.
+    broken: Tensor  #: ``[n_targets]``, those with a non-finite value.
+    gradient_expected: Tensor  #: True if the backward pass must reach every sample of this process in the loss.
     comparable: Tensor  #: True if the loss can be compared with the loss of other steps, and is therefore logged.
     #: The MKNN of student and teacher in the batch, ``[n_targets]``; NaN if not measured, None for tokens.
     mknn: Tensor | None = None
@@ -67,83 +72,115 @@ class HeraTerm:
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
-        numbers = valid.new_zeros(len(valid), 2, dtype=torch.float32) if keys is None else _numbers(keys)
-        rows, features, known, numbers = _gather(representations, teacher, valid, numbers, n_rows)
-        self.memory.settle(len(numbers))
-        batch, all_teacher = self._batch(rows, features, known, numbers)
-        z, candidates = batch.z, batch.candidates
-        by_target = self.objective(batch)
-        finite, teacher_finite = finite_parts(z, batch.teacher, by_target)
-        sound = finite.all() & teacher_finite
-        comparable = sound
+        batch, image_ids = self._batch(representations, teacher, valid, n_rows, keys)
+        found, n_targets = batch.own_candidates, len(batch.own)
+        agreement = found.agreement(batch.z_all, self.normalize).sum(dim=1)
+        statistics = (agreement, found.chance.sum(), found.known.sum(), found.duplicates)
+        losses = self.objective(batch)
+        check_shape(self.objective, losses, [n_targets, len(found.known)], [n_targets])
+        teacher, enters = batch.teacher[batch.rows], self.objective.entering(batch)
+        term, (shared, chance, n_known, n_duplicates) = mean_term(losses, enters, (batch.own,), teacher, *statistics)
+        comparable = term.sound
         if self.memory.size:  # until the memory is full, fewer candidates lower the loss and raise chance agreement
-            comparable = sound & (self.memory.pairs is not None and self.memory.pairs[2].all())
-        mknn = mutual_knn(batch.z_all, all_teacher, self.k, self.normalize, candidates.allowed)
-        self.memory.append(z, batch.teacher, batch.valid & sound, numbers)
-        return TermOutput(
-            loss=zero_unless(sound, by_target.mean(), z),
-            n_samples=self.objective.entering(batch).sum(),
-            n_duplicates=candidates.duplicates,
-            sound=sound,
-            broken=~finite,
-            gradient_expected=self.objective.gradient_expected(batch) & sound,
+            comparable = comparable & (self.memory.pairs is not None and self.memory.pairs[2].all())
+        self.memory.append(batch.z, batch.teacher, batch.valid & term.sound, image_ids)
+        return replace(
+            term,
+            n_duplicates=n_duplicates,
+            gradient_expected=self.objective.gradient_expected(batch) & term.sound,
             comparable=comparable,
-            mknn=torch.where(comparable, mknn, math.nan),
-            chance=torch.where(comparable, candidates.chance, math.nan),
+            mknn=torch.where(comparable, shared / n_known, math.nan),
+            chance=torch.where(comparable, chance / n_known, math.nan),
         )
 
-    def _batch(self, z: Tensor, teacher: Tensor, valid: Tensor, numbers: Tensor) -> tuple[PooledBatch, Tensor]:
-        """Builds the global batch, and its teacher features followed by those of the remembered samples."""
-        z_all, all_teacher, filled = z, teacher, None
+    def _batch(
+        self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None, keys: Tensor | None
+    ) -> tuple[PooledBatch, Tensor]:
+        """Gathers the samples of all processes, padded to a common number on each; returns also the ids of images."""
+        missing = 0
+        if world_size() > 1:
+            n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
+            missing = n_rows - len(valid)
+            if missing < 0:
+                raise ValueError(
+                    f"per_device_train_batch_size: {n_rows} is less than the {len(valid)} samples of this batch; let "
+                    "the data loader create batches of at most that size."
+                )
+        ids = valid.new_zeros(len(valid), 2, dtype=torch.float32) if keys is None else _image_ids(keys)
+        # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
+        own = torch.where(valid.view(1, -1, 1), representations.float(), 0.0)
+        teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
+        others = torch.cat([ids, valid.view(-1, 1).float(), teacher], dim=1)
+        own, others = pad(own, (0, 0, 0, missing)), pad(others, (0, 0, 0, missing))
+        # one collective for all; processes are concatenated along the first axis
+        gathered = gather_rows(torch.cat([others, own.transpose(0, 1).flatten(1)], dim=1))
+        ids, valid, teacher = gathered[:, : others.shape[1]].detach().split([2, 1, teacher.shape[1]], dim=1)
+        z, valid = gathered[:, others.shape[1] :].unflatten(1, (len(own), -1)).transpose(0, 1), valid.squeeze(1) > 0
+        self.memory.settle(len(valid))
+        z_all, all_teacher, all_ids, filled = z, teacher, ids, None
         if self.memory.pairs is not None:
-            older, older_teacher, filled, older_numbers = self.memory.pairs
+            older, older_teacher, filled, older_ids = self.memory.pairs
             z_all, filled = torch.cat([z, older.to(z)], dim=1), filled.to(valid)
             all_teacher = torch.cat([teacher, older_teacher.to(teacher)])
-            numbers = torch.cat([numbers, older_numbers.to(numbers)])
-        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled, numbers)
-        return PooledBatch(z, z_all, teacher, valid, candidates, self.normalize), all_teacher
+            all_ids = torch.cat([ids, older_ids.to(ids)])
+        find = partial(teacher_candidates, all_teacher, valid, self.k, self.normalize, filled, all_ids)
+        rows = slice(rank() * own.shape[1], (rank() + 1) * own.shape[1])
+        return PooledBatch(z, z_all, teacher, valid, rows, own, self.normalize, find), ids
 
 
-def _numbers(keys: Tensor) -> Tensor:
+def _image_ids(keys: Tensor) -> Tensor:
     """Turns the first six bytes of keys ``[B, 16]`` into two numbers that float32 represents exactly, ``[B, 2]``."""
     first = keys[:, :6].float()
     return (first[:, :2] * 256 + first[:, 2:4]) * 256 + first[:, 4:]
 
 
-def _gather(z: Tensor, teacher: Tensor, valid: Tensor, numbers: Tensor, n_rows: int | None) -> list[Tensor]:
-    """Pads the samples of this process to a common number and gathers the first four arguments across processes."""
-    missing = 0
-    if world_size() > 1:
-        n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
-        missing = n_rows - len(valid)
-        if missing < 0:
-            raise ValueError(
-                f"per_device_train_batch_size: {n_rows} is less than the {len(valid)} samples of this batch; let "
-                "the data loader create batches of at most that size."
-            )
-    rows = z.transpose(0, 1).float()  # [B, n_targets, D], because ranks are concatenated along the first axis
-    # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
-    rows = torch.where(valid.view(-1, 1, 1), rows, 0.0)
-    teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
-    facts = torch.cat([teacher, valid.view(-1, 1).float(), numbers], dim=1)  # one collective instead of three
-    if missing:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
-        facts = torch.nn.functional.pad(facts, (0, 0, 0, missing))
-    teacher, valid, numbers = gather_rows(facts).split([teacher.shape[1], 1, 2], dim=1)
-    return [gather_rows(rows).transpose(0, 1), teacher, valid.squeeze(1) > 0, numbers]
+def check_shape(objective: Objective, losses: Tensor, *shapes: list[int]) -> None:
+    """Raises ``ValueError`` if an objective returns losses of another shape than these."""
+    if list(losses.shape) not in shapes:
+        raise ValueError(
+            f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; return one for each target and "
+            f"each sample of the process, {' or one for each target, '.join(map(str, shapes))}."
+        )
 
 
-def finite_parts(z: Tensor, teacher: Tensor, by_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns which targets produced finite values, ``[n_targets]``, and whether the teacher did, a scalar."""
+def mean_term(
+    losses: Tensor, enters: Tensor, inputs: tuple[Tensor, ...], teacher: Tensor, *statistics: Tensor
+) -> tuple[TermOutput, tuple[Tensor, ...]]:
+    """Computes the term from the losses of this process's samples; every process must call it.
+
+    The term has the value of the mean over the global batch. Its gradient is that of the losses of this process, times
+    the number of processes, so an engine that averages gradients yields the gradient of the mean.
+
+    Args:
+        losses: ``[n_targets, n]``, or ``[n_targets]`` if every process computed the loss of the global batch.
+        enters: Boolean ``[n]``, the samples that enter the loss.
+        inputs: The representations ``[n_targets, n, ...]``, and other inputs of the losses. They receive a gradient of
+            0 if any value on any process is not finite.
+        teacher: The teacher's features of the same samples.
+        *statistics: Tensors to sum over the processes in the same collective.
+    """
+    by_target = losses.sum(dim=1) if losses.dim() == 2 else losses
     # Checking only the loss is not enough: a sample without candidates does not enter the loss, and a NaN in the
     # teacher's features merely reorders neighbors.
-    finite, teacher_finite = z.isfinite().flatten(1).all(dim=1), teacher.isfinite().all()
-    return finite & (by_target.isfinite() | ~teacher_finite), teacher_finite
-
-
-def zero_unless(sound: Tensor, loss: Tensor, *inputs: Tensor) -> Tensor:
-    """Returns ``loss`` if ``sound`` is true, otherwise 0; the ``inputs`` of the loss then receive a gradient of 0."""
+    broken = (~inputs[0].isfinite().flatten(1).all(dim=1), ~by_target.isfinite(), ~teacher.isfinite().all())
+    total, n_samples, *sums = sum_over_ranks(by_target, enters.sum(), *broken, *statistics)
+    of_inputs, of_losses, of_teacher = sums[:3]
+    sound = ~(of_inputs | of_losses | of_teacher).any()
+    loss = by_target.mean()
+    if losses.dim() == 2:
+        loss = loss * world_size() / n_samples.clamp(min=1)
+        loss = loss + (total.mean() / n_samples.clamp(min=1) - loss).detach()
     for values in inputs:
         if values.requires_grad:  # torch.where, because 0 times a non-finite gradient is NaN
             values.register_hook(lambda gradient: torch.where(sound, gradient, 0.0))
-    return torch.where(sound, loss, 0.0)
+    entered = sound & (n_samples > 0)
+    term = TermOutput(
+        loss=torch.where(sound, loss, 0.0),
+        n_samples=n_samples,
+        n_duplicates=torch.zeros_like(n_samples),
+        sound=sound,
+        broken=of_inputs | of_losses & ~of_teacher,
+        gradient_expected=entered,
+        comparable=entered,  # a micro-batch without samples does not count in a mean
+    )
+    return term, tuple(sums[3:])

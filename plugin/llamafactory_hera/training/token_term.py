@@ -5,17 +5,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoImageProcessor
 
 from ..config import HeraConfig
-from ..distributed import rank, world_size
+from ..distributed import rank
 from ..heads.capture import HeadCapture, LayerCapture
 from ..heads.tokens import grid_side, token_positions
 from ..objectives.tokens import Plan, Step, TokenBatch, TokenObjective
 from ..teachers.encoder import normalization
-from .term import Prepared, TermOutput, finite_parts, zero_unless
+from .term import Prepared, TermOutput, check_shape, mean_term
 
 
 @dataclass(frozen=True)
@@ -99,29 +98,15 @@ class TokenReader:
 
 
 def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
-    """Computes this process's part of the term from its own samples; every process must call it, even without images.
+    """Computes the term from this process's samples; every process must call it, even without images.
 
-    Each process scales its loss by (processes / samples on all of them), so averaging the gradients yields the
-    gradient of the mean over the global batch. Gathering all tokens would be too expensive.
+    Gathering all tokens would be too expensive.
     """
     valid = batch.valid
     tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)
     teacher = torch.where(valid.view(-1, 1, 1), batch.teacher.float(), 0.0)
     projections = None if batch.projections is None else batch.projections.float()
-    batch = replace(batch, tokens=tokens, teacher=teacher, projections=projections)
-    losses = objective(batch)
-    if losses.shape != (len(tokens), len(valid)):
-        raise ValueError(
-            f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; an objective on tokens must "
-            f"return one loss for each target and sample, {[len(tokens), len(valid)]}."
-        )
-    by_target = torch.where(valid, losses, 0.0).sum(dim=1)
-    finite, teacher_finite = finite_parts(tokens, teacher, by_target)
-    reduced = torch.cat([valid.sum().view(1), ~teacher_finite.view(1), ~finite]).float()
-    if world_size() > 1:
-        dist.all_reduce(reduced)
-    n_samples, sound, broken = reduced[0], ~reduced[1:].any(), reduced[2:] > 0
-    loss = by_target.mean() * world_size() / n_samples.clamp(min=1)
-    loss = zero_unless(sound, loss, tokens, *([] if projections is None else [projections]))
-    entered = sound & (n_samples > 0)  # a micro-batch without samples does not count in a mean over tokens
-    return TermOutput(loss, n_samples, torch.zeros_like(n_samples), sound, broken, entered, comparable=entered)
+    losses = objective(replace(batch, tokens=tokens, teacher=teacher, projections=projections))
+    check_shape(objective, losses, [len(tokens), len(valid)])
+    inputs = (tokens,) if projections is None else (tokens, projections)
+    return mean_term(torch.where(valid, losses, 0.0), valid, inputs, teacher)[0]
