@@ -72,7 +72,8 @@ def test_hera_never_waits(tmp_path: Path, mode: str) -> None:
 
 def test_hera_waits_only_to_fill_the_cache(tmp_path: Path) -> None:
     filling, reading = (waits_of(tmp_path / "run", "contrastive", teacher_cache=str(tmp_path)) for _ in range(2))
-    assert filling.ours and all("teacher_features.py" in place for place in filling.ours)
+    assert filling.ours
+    assert all("teacher_features.py" in place for place in filling.ours)
     assert not reading.ours
 
 
