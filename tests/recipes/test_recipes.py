@@ -51,7 +51,7 @@ def parse(files: list[str]) -> None:
                 Path(keys[key]).write_text(json.dumps({key.removeprefix("hera_"): [name]}))
         _, data, training, finetuning, _ = get_train_args(keys)
         zero3 = training.deepspeed is not None and training.hf_deepspeed_config.is_zero3()
-        parsed[file] = [finetuning.use_hera, data.template in TEMPLATES, training.get_warmup_steps(1000), zero3]
+        parsed[file] = [finetuning.own_stage is not None, data.template in TEMPLATES, training.get_warmup_steps(1000), zero3]
     Path("parsed.json").write_text(json.dumps(parsed))
 
 

@@ -107,7 +107,9 @@ class MethodTrainerMixin(_Base):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not self._compute_loss_called:
             name = super().training_step.__qualname__
-            raise RuntimeError(f"{name} does not call compute_loss, so the term of the method is not part of the loss.")
+            raise RuntimeError(
+                f"{name} does not call compute_loss, so the term of the method is not part of the loss."
+            )
         self.method.after_backward()
         return loss
 

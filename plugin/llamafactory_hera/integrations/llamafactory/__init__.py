@@ -1,6 +1,7 @@
 """The adapter for LLaMA-Factory (the host), without the patches: those are a distribution of their own."""
 
 from importlib.util import find_spec
+from typing import NamedTuple
 
 #: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
 PATCHES = "llamafactory-hera-patches"
@@ -10,6 +11,30 @@ TESTED_HOST = "0.9.5"
 PINNED_INSTALL = '`pip install ".[pinned]" ./patches` in a clone of llamafactory-hera'
 #: The remedy for missing patches.
 PATCHES_INSTALL = "`pip install . ./patches` in a clone of llamafactory-hera"
+
+
+class Stage(NamedTuple):
+    """A stage that the patches add to the host. Functions and classes are written as text, and imported on use."""
+
+    config: str  #: The class of its keys.
+    run: str  #: The function that replaces the host's ``run_sft``.
+    command: tuple[str, str, str] | None = None  #: A subcommand that reads a recipe: its name, function and help.
+
+
+STAGES = {
+    "hera": Stage(
+        "llamafactory_hera.config:HeraConfig", "llamafactory_hera.integrations.llamafactory.workflow:run_hera"
+    ),
+    "harc": Stage(
+        "llamafactory_harc.config:HarcConfig",
+        "llamafactory_harc.llamafactory:run_harc",
+        (
+            "harc-directions",
+            "llamafactory_harc.llamafactory:write_directions",
+            "extract the directions of stage: harc and write a recipe with them",
+        ),
+    ),
+}
 
 
 def require_host(patches: bool = True) -> None:
