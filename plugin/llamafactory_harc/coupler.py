@@ -1,16 +1,12 @@
-"""The coupling of one run: extracts and refreshes the directions, chooses layers, and computes the weighted term.
-
-:class:`Coupler` is a ``Method`` of ``llamafactory_hera.integrations.method_trainer``; any training loop can use it.
-"""
+"""The coupling of one run: extracts and refreshes the directions, chooses layers, and computes the weighted term."""
 
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,119 +24,93 @@ from llamafactory_hera.training.watch import RunningMeans
 
 from . import directions as geometry
 from .config import AUTO, HarcConfig
-from .data import PREFIX, HarcCollator, Row, reading_mask
+from .data import PREFIX, HarcCollator, Row, Rows, reading_mask
 from .losses import cosines, coupling, kl_to_base
 
 logger = logging.getLogger("llamafactory_hera")
 
 _STATE, _RUN = "state.safetensors", "run.json"
+_BATCH = 8  # rows in a forward pass of the extraction
 
-
-class Prepared(NamedTuple):
-    """A micro-batch before the forward pass of the adapted model."""
-
-    harmful: Tensor  #: boolean ``[B]``
-    benign_tokens: Tensor  #: The tokens of benign responses, boolean ``[B, T]``.
-    base_logits: Tensor  #: The base model's logits at these tokens, ``[N, V]``.
+#: Harmful rows ``[B]``, the tokens of benign responses ``[B, T]``, and the base model's logits at these, ``[N, V]``.
+Prepared = tuple[Tensor, Tensor, Tensor]
 
 
 class Coupler:
-    """The state and the steps of the method during one run, independent of any trainer.
+    """The state and the steps of the method during one run; a ``Method`` of ``integrations.method_trainer``.
 
-    Args:
-        model: A PEFT model, before an engine wraps it. Its base is the model without the adapter.
-        config: The ``harc_*`` keys.
-        extract: The rows by class that define the directions.
-        collate: The collator of the training batches.
-        output_dir: The folder of the run, for the directions of the base model.
-
-    Raises:
-        ValueError: A layer is outside the model, or a file has directions of another model.
+    ``model`` is a PEFT model before an engine wraps it; without its adapter, it is the base model. The rows in
+    ``extract``, by class, define the directions.
     """
 
     def __init__(
-        self,
-        model: Any,
-        config: HarcConfig,
-        extract: Mapping[str, Sequence[Row]],
-        collate: HarcCollator,
-        output_dir: str | os.PathLike,
+        self, model: Any, config: HarcConfig, extract: Rows, collate: HarcCollator, output_dir: str | os.PathLike
     ) -> None:
         self.config, self._model, self._folder = config, model, Path(output_dir) / geometry.FOLDER
         self._extract, self._collate = extract, collate
         layout = head_layout(model_config(model))
         self._n_layers = layout.n_layers
-        #: The layers that are coupled now.
-        self.layers: tuple[int, ...] = config.named_layers or ()
-        if self.layers and self.layers[-1] > layout.n_layers:
-            raise ValueError(f"harc_layers: {self.layers[-1]} does not exist: the model has {layout.n_layers} blocks.")
-        #: The base model's directions ``[4, n, D]``, and those of the last refresh; None before the first step.
-        self.base: Tensor | None = None
-        if config.directions != AUTO:
-            self.base = geometry.load(config.directions)
-            if self.base.shape != (4, layout.n_layers, layout.hidden_size):
-                raise ValueError(f"harc_directions: {config.directions} has those of another model; extract again.")
-        self.directions = self.base
+        #: The layers that are coupled now; empty before the first step if the scores choose them.
+        self.layers = config.named_layers
+        if max(self.layers, default=0) > layout.n_layers:
+            raise ValueError(
+                f"harc_layers: L{self.layers[-1]} does not exist; the model ends with L{layout.n_layers}."
+            )
+        #: The base model's directions ``[4, n, D]``; None before they are extracted.
+        self.base = None if config.directions == AUTO else geometry.load(config.directions)
+        if self.base is not None and self.base.shape[1:] != (layout.n_layers, layout.hidden_size):
+            raise ValueError(f"harc_directions: {config.directions} has those of another model; extract again.")
+        #: The directions of the last refresh.
+        self.directions: Any = self.base
         #: True if no row of the latest micro-batch has a label, so that a mean over labels is not a number.
         self.unlabeled = False
-        self._capture: LayerCapture | None = None
+        self._capture: Any = None
         self._logits = _LogitsCapture(model)
         self._statistics = RunningMeans()
         self._n_steps, self._up_to_date = 0, -1  # optimizer steps, and the step for which layers were chosen
 
-    # -- one micro-batch -------------------------------------------------------------------------------------------
-
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
-        """Takes HARC's tensors out of a batch, runs the base model, and sets the tokens to read.
-
-        Returns None for a batch from a different collator. Every process must call it.
-        """
+        """Takes HARC's tensors, if any, out of a batch, runs the base model, and sets the tokens to read."""
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
             return None
-        harmful, response = inputs["harc_harmful"], inputs["harc_response"]
         self.after_backward()  # of a micro-batch that failed
-        self._update(harmful.device)
+        harmful = inputs["harc_harmful"]
+        capture = self._updated(harmful.device)
         self.unlabeled = not bool(harmful.any())
-        tokens = response & ~harmful.unsqueeze(1)
-        base_logits = self._base_logits(batch, tokens)
-        assert self._capture is not None
-        self._capture.pool(reading_mask(inputs["harc_positions"], response, self.config.window))
-        return Prepared(harmful, tokens, base_logits)
-
-    def _base_logits(self, batch: Mapping[str, Any], tokens: Tensor) -> Tensor:
+        tokens = inputs["harc_response"] & ~harmful.unsqueeze(1)
         rows = tokens.any(dim=1)
-        if not bool(rows.any()):
-            rows[0] = True  # under ZeRO-3, a pass needs every process
-        with torch.no_grad(), evaluating(self._model, _device(self._model)), self._model.disable_adapter():
-            inputs = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
-            return self._model(**inputs, use_cache=False).logits[tokens[rows]]
+        rows[0] |= ~rows.any()  # under ZeRO-3, every process takes part in a pass
+        with self._model.disable_adapter():
+            logits = self._forward(batch["input_ids"][rows], batch["attention_mask"][rows])
+        capture.pool(reading_mask(inputs, self.config.window))
+        return harmful, tokens, logits[tokens[rows]]
+
+    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        with torch.no_grad(), evaluating(self._model, next(self._model.parameters()).device):
+            return self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def loss(self, prepared: Prepared) -> Tensor:
         """Computes the weighted term of the latest forward pass; every process must call it."""
-        config, harmful = self.config, prepared.harmful
-        assert self._capture is not None
-        assert self.directions is not None
-        rows = self._capture.representations().unflatten(1, (len(harmful), 3)).unbind(2)
-        chosen = self.directions[:, [layer - 1 for layer in self.layers]]
-        harm = cosines(rows[geometry.INSTRUCTION], chosen[geometry.HARM])
-        refusal = cosines(rows[geometry.PROMPT], chosen[geometry.REFUSAL])
-        later_harm = cosines(rows[geometry.RESPONSE], chosen[geometry.RESPONSE_HARM])
-        later_refusal = cosines(rows[geometry.RESPONSE], chosen[geometry.RESPONSE_REFUSAL])
-        losses = {
-            "harc_coupling": coupling(refusal, harm, harmful, config.margin),
-            "harc_response": coupling(later_refusal, later_harm, harmful, config.margin),
-            "harc_kl": kl_to_base(self._logits.take()[prepared.benign_tokens], prepared.base_logits),
-        }
-        self._statistics.add(**{name: loss.detach() for name, loss in losses.items()})
+        config, logits, (harmful, tokens, base_logits) = self.config, self._logits.kept, prepared
+        if logits is None:
+            raise ValueError("loss: the model returned no logits, which HARC compares; turn fused losses off.")
+        instruction, prompt, response = self._capture.representations().unflatten(1, (len(harmful), 3)).unbind(2)
+        pairs = zip((instruction, prompt, response, response), self.directions, strict=True)
+        chosen = [layer - 1 for layer in self.layers]
+        harm, refusal, later_harm, later_refusal = (cosines(rows, directions[chosen]) for rows, directions in pairs)
+        at_prompt = coupling(refusal, harm, harmful, config.margin)
+        over_response = coupling(later_refusal, later_harm, harmful, config.margin)
+        kl = kl_to_base(logits[tokens], base_logits)
+        self._statistics.add(harc_coupling=at_prompt.detach(), harc_response=over_response.detach())
+        self._statistics.add(harc_kl=kl.detach())
         for name, pair in (("prompt", refusal + harm), ("response", later_refusal + later_harm)):
             for kind, mask in (("harmful", harmful), ("benign", ~harmful)):  # NaN if the class is missing
                 self._statistics.add(**{f"harc_cos_{kind}_{name}": pair.detach()[:, mask].mean() / 2})
-        weights = (config.coupling_weight, config.response_weight, config.kl_weight)
-        return torch.stack([weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]).sum()
+        return config.coupling_weight * at_prompt + config.response_weight * over_response + config.kl_weight * kl
 
     def after_backward(self) -> None:
-        """Stops reading tokens. The hinges may have sent no gradient, once all cosines are beyond the margin."""
+        """Stops reading. A step without gradient is legal: all cosines may be beyond the margin."""
         if self._capture is not None:
             self._capture.pool(None)
         self._logits.kept = None
@@ -149,55 +119,48 @@ class Coupler:
         """Counts an optimizer step; HARC trains no parameters of its own."""
         self._n_steps += 1
 
-    # -- directions and layers -------------------------------------------------------------------------------------
-
-    def _update(self, device: torch.device) -> None:
+    def _updated(self, device: torch.device) -> LayerCapture:
         """Extracts the directions and chooses layers where that is due, at the same step on every process."""
         config, step, start = self.config, self._n_steps, time.monotonic()
         if step == self._up_to_date and self._capture is not None:
-            return
-        self._up_to_date, layers, before = step, self.layers, self.directions
-        if self.base is None or self.directions is None:
-            self.base = self.directions = self.extract(device, adapted=False)
+            return self._capture
+        self._up_to_date, before, layers = step, self.directions, self.layers
+        if self.base is None or before is None:
+            with self._model.disable_adapter():
+                self.base = self.directions = self.extract(device)
         elif config.refresh and step and step % config.refresh == 0:
-            fresh = self.extract(device)
-            self.directions = geometry.blend(self.base.to(device), fresh, config.refresh_share)
-        else:
-            self.directions = self.directions.to(device)
-        if config.named_layers is None:
-            self.layers = geometry.best_layers(self.directions, config.count_at(step))
-        if self._capture is None or self.layers != layers:
-            self._hook()
+            self.directions = geometry.blend(self.base.to(device), self.extract(device), config.refresh_share)
+        elif before.device != device:
+            self.directions = before.to(device)
+        if not config.named_layers:
+            count = config.late_layers if step >= config.late_from else config.n_layers
+            self.layers = geometry.best_layers(self.directions, count)
         if rank() == 0 and self.directions is not before:
-            numbers, seconds = ", ".join(map(str, self.layers)), time.monotonic() - start
-            logger.info(f"HARC | step {step}: layers {numbers}; directions extracted in {seconds:.1f} s")
+            logger.info(f"HARC | step {step}: layers {self.layers}; directions took {time.monotonic() - start:.1f} s")
             if before is None:
                 self.save_directions()
+        if self._capture is None or self.layers != layers:
+            self.release()
+            # layer l is the input of block l, and LayerCapture reads outputs
+            self._capture = LayerCapture(self._model, [f"L{layer - 1}" for layer in self.layers])
+            self._capture.install()
+            self._logits.install()
+        return self._capture
 
-    def _hook(self) -> None:
-        self.release()
-        # layer l is the input of block l, and LayerCapture reads outputs
-        self._capture = LayerCapture(self._model, [f"L{layer - 1}" for layer in self.layers])
-        self._capture.install()
-        self._logits.install()
-
-    def extract(self, device: torch.device, adapted: bool = True) -> Tensor:
-        """Extracts the directions ``[4, n, D]`` of the model, or of its base; every process runs a part of the rows."""
-        without = nullcontext() if adapted else getattr(self._model, "disable_adapter", nullcontext)()
-        capture = LayerCapture(self._model, [f"L{index}" for index in range(self._n_layers)])
-        with torch.no_grad(), evaluating(self._model, _device(self._model)), without, capture:
-            means = {kind: self._mean(rows, capture, device) for kind, rows in self._extract.items()}
-        return geometry.from_means(means["harmful"], means["harmless"], means["compliant"])
+    def extract(self, device: torch.device) -> Tensor:
+        """Extracts the directions ``[4, n, D]`` of the model as it is; every process runs a part of the rows."""
+        with LayerCapture(self._model, [f"L{index}" for index in range(self._n_layers)]) as capture:
+            return geometry.from_means(*(self._mean(rows, capture, device) for rows in self._extract.values()))
 
     def _mean(self, rows: Sequence[Row], capture: LayerCapture, device: torch.device) -> Tensor:
         """Averages the rows of a class at the three positions, ``[3, n, D]``."""
-        size, total = self.config.extract_batch_size, torch.zeros((), device=device)
+        total = torch.zeros((), device=device)
         # each process makes the same number of passes, as ZeRO-3 needs; surplus passes count 0
-        for start in range(0, len(rows), size * world_size()):
-            part = rows[start + rank() * size : start + (rank() + 1) * size]
-            batch = {name: value.to(device) for name, value in self._collate(list(part or rows[:1])).items()}
-            capture.pool(reading_mask(batch["harc_positions"], batch["harc_response"], self.config.window))
-            self._model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        for start in range(0, len(rows), _BATCH * world_size()):
+            part = rows[start + rank() * _BATCH :][:_BATCH]
+            batch = {name: value.to(device) for name, value in self._collate([*(part or rows[:1])]).items()}
+            capture.pool(reading_mask(batch, self.config.window))
+            self._forward(batch["input_ids"], batch["attention_mask"])
             total = total + capture.representations().float().unflatten(1, (-1, 3)).sum(dim=1) * bool(part)
         if world_size() > 1:
             torch.distributed.all_reduce(total)
@@ -206,47 +169,34 @@ class Coupler:
     def save_directions(self) -> None:
         """Writes the base model's directions, and what is known about them, into the folder ``harc`` of the run."""
         assert self.base is not None
-        name = getattr(model_config(self._model), "_name_or_path", "")
-        provenance = {"model": name, "rows": {kind: len(rows) for kind, rows in self._extract.items()}}
+        counts, keys = {kind: len(rows) for kind, rows in self._extract.items()}, self.config.keys()
+        origin = {"model": getattr(model_config(self._model), "_name_or_path", ""), "rows": counts, "keys": keys}
         layers = self.layers or geometry.best_layers(self.base, self.config.n_layers)
-        geometry.save(self._folder, self.base.cpu(), layers, {**provenance, "keys": self.config.keys()})
-
-    # -- the run ---------------------------------------------------------------------------------------------------
+        geometry.save(self._folder, self.base, layers, origin)
 
     def logs(self) -> dict[str, float]:
         """Returns the losses and cosines since the last call."""
         return self._statistics.take()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the directions, the layers and the step into ``folder/harc``; nothing before the first step."""
+        """Writes the keys, the directions and the step into ``folder/harc``; nothing before the first step."""
         if self.base is not None and self.directions is not None:
-            steps, layers = torch.tensor([self._n_steps, self._up_to_date]), torch.tensor(self.layers)
-            state = {"base": self.base, "directions": self.directions.clone(), "layers": layers, "steps": steps}
+            state = {"base": self.base, "directions": self.directions.clone(), "steps": torch.tensor(self._n_steps)}
             write_safetensors(Path(folder) / geometry.FOLDER / _STATE, state)
             write_json(Path(folder) / geometry.FOLDER / _RUN, self.config.keys())
 
     def check(self, folder: str | os.PathLike) -> None:
         """Raises ``ValueError`` if a checkpoint does not belong to this run; loads nothing."""
-        if changed := changes(
-            read_json(Path(folder) / geometry.FOLDER / _RUN), self.config.keys(), HarcConfig.knobs()
-        ):
-            raise ValueError(
-                f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
-                "Restore these keys, or start a new run."
-            )
+        saved, keys = read_json(Path(folder) / geometry.FOLDER / _RUN), self.config.keys()
+        if changed := changes(saved, keys, keys):
+            raise ValueError(f"resume_from_checkpoint: in {folder}, {'; '.join(changed)}. Restore these keys.")
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Restores the state that :meth:`save` wrote."""
+        """Restores the state that :meth:`save` wrote; the layers follow from the directions."""
         path = Path(folder) / geometry.FOLDER / _STATE
         with reading(path, "the state of a checkpoint"):
             state = load_file(path)
-            self.base, self.directions = state["base"], state["directions"]
-            self.layers = tuple(state["layers"].tolist())
-            self._n_steps, self._up_to_date = state["steps"].tolist()
-
-    def close(self) -> None:
-        """Ends the run."""
-        self.release()
+            self.base, self.directions, self._n_steps = state["base"], state["directions"], int(state["steps"])
 
     def release(self) -> None:
         """Removes the hooks from the model."""
@@ -255,9 +205,11 @@ class Coupler:
             self._capture.remove()
             self._capture = None
 
+    close = release
+
 
 class _LogitsCapture(Hooks):
-    """Keeps the logits of a forward pass with a graph, because not every trainer passes its outputs on."""
+    """Keeps the logits of the latest pass with a graph, because not every trainer passes a model's outputs on."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -271,19 +223,5 @@ class _LogitsCapture(Hooks):
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if torch.is_grad_enabled():
-            self.kept = getattr(output, "logits", None)
+            self.kept = output.logits
         return output
-
-    def take(self) -> Tensor:
-        """Returns the kept logits; raises ``ValueError`` if a fused loss computed none."""
-        logits, self.kept = self.kept, None
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                "loss: the model returned no logits, which the KL term compares; turn fused and chunked losses off "
-                "(enable_liger_kernel, use_liger_kernel, loss_type)."
-            )
-        return logits
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
+from transformers import DataCollatorForSeq2Seq
 
 from llamafactory_hera.heads.tokens import IGNORE_INDEX
 
@@ -26,30 +27,22 @@ class Row(NamedTuple):
     kind: str
 
 
-class Rows(NamedTuple):
-    """The rows by class: those that define the directions, and those to train on."""
-
-    extract: dict[str, list[Row]]
-    train: dict[str, list[Row]]
+Rows = Mapping[str, Sequence[Row]]  #: Rows by class.
 
 
 def template_tail(render: Callable[[str], list[int]]) -> list[int]:
     """Returns the template's tokens between the user's text and the response; ``render`` encodes a prompt."""
-    first, second = (render(text) for text in ("What is a river?", "Count from 1 to 7"))
+    first, second = render("What is a river?"), render("Count from 1 to 7")
     length = 0
-    while length < min(len(first), len(second)) and first[-1 - length] == second[-1 - length]:
+    while first[len(first) - length - 1 :] == second[len(second) - length - 1 :]:
         length += 1
     if not length:
-        raise ValueError(
-            "template: no token follows the user's text, so harm and refusal have one position; change it."
-        )
+        raise ValueError("template: no token follows the user's text, so harm and refusal have the same position.")
     return first[-length:]
 
 
 def chat_tail(tokenizer: Any) -> list[int]:
     """Returns the :func:`template_tail` of a tokenizer's chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("tokenizer: it has no chat template, so the end of the user's text is unknown; give it one.")
 
     def render(text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
@@ -59,136 +52,97 @@ def chat_tail(tokenizer: Any) -> list[int]:
     return template_tail(render)
 
 
-def named_kind(name: str) -> str | None:
-    """Returns the class that a dataset's name contains, or None unless there is exactly one."""
-    found = [kind for kind in KINDS if kind in name.lower()]
-    return found[0] if len(found) == 1 else None
+def read_rows(dataset: Iterable[Mapping[str, Any]], tail: Sequence[int], config: HarcConfig) -> tuple[Rows, Rows]:
+    """Reads tokenized rows with labels (or TRL's ``completion_mask``) and their class.
 
-
-def read_rows(dataset: Iterable[Mapping[str, Any]], tail: Sequence[int], config: HarcConfig) -> Rows:
-    """Reads tokenized rows with labels (or TRL's ``completion_mask``) and their class, and splits them by purpose.
-
-    Raises:
-        ValueError: A class or a response is missing, a prompt does not end as the template does, or a class is empty.
+    Returns, by class, the rows that define the directions, and those to train on; raises ``ValueError`` for bad data.
     """
-    by_kind: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     for number, row in enumerate(dataset):
-        kind = row.get(config.column)
-        if kind not in KINDS:
-            raise ValueError(
-                f"harc_column: row {number} of the data has {config.column}: {kind!r}; write {', '.join(KINDS)}."
-            )
-        by_kind[kind].append(_read_row(row, f"dataset: row {number} ({kind})", kind, tail, config))
-    harmful, harmless = len(by_kind[HARMFUL]), len(by_kind[HARMLESS])
-    if harmful < 2 or harmless < 2 or not by_kind[COMPLIANT]:
-        counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in by_kind.items())
+        if (kind := row.get(config.column)) not in KINDS:
+            raise ValueError(f"harc_column: row {number} has {config.column}: {kind!r}; write {', '.join(KINDS)}.")
+        try:
+            rows[kind].append(_read_row(row, kind, tail, config.length))
+        except ValueError as error:
+            raise ValueError(f"dataset: row {number} ({kind}) {error}") from error
+    harmful, harmless = len(rows[HARMFUL]), len(rows[HARMLESS])
+    if min(harmful, harmless) < 2 or not rows[COMPLIANT]:
         raise ValueError(
-            f"dataset: it has {counts} rows. HARC needs at least 2 harmful and 2 harmless rows (half of them define the "
-            "directions), and 1 compliant row (for the direction of harm over the response)."
+            f"dataset: it has {', '.join(f'{len(each)} {kind}' for kind, each in rows.items())} rows, and HARC needs "
+            "2 harmful and 2 harmless ones (half of them define directions), and 1 compliant one."
         )
-    held = {kind: min(config.extract_samples, len(by_kind[kind]) // 2) for kind in (HARMFUL, HARMLESS)}
+    held = {kind: min(config.extract_samples, len(rows[kind]) // 2) for kind in (HARMFUL, HARMLESS)}
     held[COMPLIANT] = config.extract_samples
-    return Rows(
-        {kind: by_kind[kind][:count] for kind, count in held.items()},
-        {kind: by_kind[kind][held.get(kind, 0) :] for kind in _RATIO},
-    )
+    extract = {kind: rows[kind][:count] for kind, count in held.items()}
+    return extract, {kind: rows[kind][held.get(kind, 0) :] for kind in _RATIO}
 
 
-def _read_row(row: Mapping[str, Any], where: str, kind: str, tail: Sequence[int], config: HarcConfig) -> Row:
-    ids = list(row["input_ids"])
-    if row.get("labels") is not None:
-        answer = [label != IGNORE_INDEX for label in row["labels"]]
-    elif row.get("completion_mask") is not None:
-        answer = [bool(value) for value in row["completion_mask"]]
-    else:
-        raise ValueError(f"{where} says nowhere where its response begins; give a prompt and a completion.")
-    if not any(answer):
-        raise ValueError(f"{where} has no response; every row needs one.")
-    start = answer.index(True)
-    if False in answer[start:]:
-        raise ValueError(f"{where} has several turns; split it, because HARC reads one prompt and one response.")
+def _read_row(row: Mapping[str, Any], kind: str, tail: Sequence[int], length: int) -> Row:
+    ids, labels = list(row["input_ids"]), row.get("labels")
+    answer = row.get("completion_mask") if labels is None else [label != IGNORE_INDEX for label in labels]
+    start = next((place for place, answered in enumerate(answer or ()) if answered), None)
+    if answer is None or start is None:
+        raise ValueError("has no response; every row needs a prompt and a response.")
+    if not all(answer[start:]):
+        raise ValueError("has several turns; split it, because HARC reads one prompt and one response.")
     if list(tail) != ids[max(start - len(tail), 0) : start]:
-        raise ValueError(f"{where}: its prompt does not end with the template's tail; use one template for all rows.")
-    prompt, response = ids[:start][-config.length :], ids[start:]
+        raise ValueError("has a prompt that does not end with the template's tail; use one template for all rows.")
+    prompt, response = ids[:start][-length:], ids[start:]
     if len(prompt) <= len(tail):
-        raise ValueError(f"{where}: its prompt has no token before the template's tail; write a longer one.")
-    if len(response) > config.length + 1:
-        response = [*response[: config.length], response[-1]]
+        raise ValueError("has a prompt without a token before the template's tail; write a longer one.")
+    if len(response) > length + 1:
+        response = [*response[:length], response[-1]]
     return Row([*prompt, *response], len(prompt), kind)
 
 
 class HarcCollator:
-    """Pads rows and adds what HARC reads, as tensors with the prefix ``harc_``.
+    """Pads rows, and adds ``harc_harmful [B]``, ``harc_positions [B, 2]`` and the response's tokens ``harc_response``.
 
-    - ``harc_harmful [B]``: true for harmful rows.
-    - ``harc_positions [B, 2]``: the last token of the instruction, and that of the prompt.
-    - ``harc_response [B, T]``: the tokens of the response.
-
-    Only harmful rows keep labels. They are removed here, and not in the step, because Trainers count them before.
+    The positions are the last token of the instruction, and that of the prompt. Only harmful rows keep labels; here
+    and not in the step, because Trainers count labels before it.
     """
 
-    def __init__(self, pad: Callable[[list[dict[str, Any]]], Mapping[str, Any]], n_tail: int) -> None:
-        self._pad, self._n_tail = pad, n_tail
+    def __init__(self, tokenizer: Any, n_tail: int) -> None:
+        self._pad, self._n_tail = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8), n_tail
 
     def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        features = [
-            {
-                "input_ids": row.ids,
-                "attention_mask": [1] * len(row.ids),
-                "labels": [IGNORE_INDEX] * row.n_prompt + row.ids[row.n_prompt :],
-            }
-            for row in rows
-        ]
-        batch = dict(self._pad(features))
+        labels = ([IGNORE_INDEX] * row.n_prompt + row.ids[row.n_prompt :] for row in rows)
+        batch = dict(self._pad([{"input_ids": row.ids, "labels": next(labels)} for row in rows]))
         response = batch["labels"] != IGNORE_INDEX
         last = response.int().argmax(dim=1) - 1  # wherever the padding is
         harmful = torch.tensor([row.kind == HARMFUL for row in rows])
-        batch["labels"] = batch["labels"].masked_fill(~harmful.unsqueeze(1), IGNORE_INDEX)
+        batch["labels"][~harmful] = IGNORE_INDEX
         positions = torch.stack([last - self._n_tail, last], dim=1)
         return batch | {"harc_harmful": harmful, "harc_positions": positions, "harc_response": response}
 
 
-def reading_mask(positions: Tensor, response: Tensor, window: int) -> Tensor:
+def reading_mask(inputs: Mapping[str, Tensor], window: int) -> Tensor:
     """Returns the tokens to average ``[3 * B, B * T]`` for each row: instruction, prompt, start of the response."""
-    n_rows, length = response.shape
-    places = torch.arange(length, device=response.device)
+    response = inputs["harc_response"]
+    index, places = (torch.arange(size, device=response.device) for size in response.shape)
     start = response & (response.cumsum(dim=1) <= window)
-    read = torch.cat([places == positions.unsqueeze(-1), start.unsqueeze(1)], dim=1)
-    mask = torch.zeros(n_rows, 3, n_rows, length, dtype=torch.bool, device=response.device)
-    index = torch.arange(n_rows, device=response.device)
-    mask[index, :, index] = read
-    return mask.view(3 * n_rows, n_rows * length)
+    mask = response.new_zeros(len(index), 3, len(index), len(places))
+    mask[index, :, index] = torch.cat([places == inputs["harc_positions"].unsqueeze(-1), start.unsqueeze(1)], dim=1)
+    return mask.flatten(0, 1).flatten(1)
 
 
 class MixtureSampler(Sampler[int]):
     """Yields indices such that each batch has harmful, harmless and pseudo rows in the ratio 6 : 4 : 2.
 
-    Each class is an endless stream of shuffled passes. An epoch ends when every harmful row was seen. The indices
-    depend on the seed and the epoch alone, so a resumed run continues the streams.
-
-    Args:
-        train: The rows by class; the dataset is their concatenation in this order.
-        batch_size: Rows in a batch of one process.
-        n_processes: The number of processes, which share the batches of an epoch evenly.
-        seed: The seed of all permutations.
+    Each class is an endless stream of shuffled passes, which a resumed run continues. An epoch ends when every harmful
+    row was seen. The dataset is the concatenation of the classes in ``train``.
     """
 
-    def __init__(self, train: Mapping[str, Sequence[Row]], batch_size: int, n_processes: int, seed: int) -> None:
+    def __init__(self, train: Rows, batch_size: int, n_processes: int, seed: int) -> None:
         unit = sum(_RATIO.values())
         if batch_size % unit:
-            raise ValueError(
-                f"per_device_train_batch_size: {batch_size} cannot hold 3 harmful, 2 harmless and 1 pseudo row in that "
-                f"ratio; choose a multiple of {unit}."
-            )
-        shares = {kind: batch_size // unit * share for kind, share in _RATIO.items()}
+            raise ValueError(f"per_device_train_batch_size: {batch_size} is no multiple of {unit} (3 + 2 + 1 rows).")
+        shares = [batch_size // unit * share for share in _RATIO.values()]
         if not train[PSEUDO]:
-            shares = {HARMFUL: shares[HARMFUL], HARMLESS: batch_size - shares[HARMFUL]}
-        starts, start = {}, 0
-        for kind, rows in train.items():
-            starts[kind], start = start, start + len(rows)
-        self._streams = [(starts[kind], len(train[kind]), share) for kind, share in shares.items()]
-        per_step = shares[HARMFUL] * n_processes
-        self._n_batches = -(-len(train[HARMFUL]) // per_step) * n_processes
+            shares = [shares[0], batch_size - shares[0], 0]
+        counts = [len(train[kind]) for kind in _RATIO]
+        self._streams = [*zip(shares, counts, (0, counts[0], counts[0] + counts[1]), strict=True)]
+        self._n_batches = -(-counts[0] // (shares[0] * n_processes)) * n_processes
         self._batch_size, self._seed, self._epoch = batch_size, seed, 0
 
     def __len__(self) -> int:
@@ -199,20 +153,15 @@ class MixtureSampler(Sampler[int]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        first = self._epoch * self._n_batches
-        streams = [
-            self._stream(number, start, count, first * share)
-            for number, (start, count, share) in enumerate(self._streams)
-        ]
+        streams = [self._stream(*stream) for stream in self._streams]
         for _ in range(self._n_batches):
-            for stream, (_, _, share) in zip(streams, self._streams, strict=True):
-                for _ in range(share):
-                    yield next(stream)
+            for (share, _, _), stream in zip(self._streams, streams, strict=True):
+                yield from (next(stream) for _ in range(share))
 
-    def _stream(self, number: int, start: int, count: int, position: int) -> Iterator[int]:
+    def _stream(self, share: int, count: int, first: int) -> Iterator[int]:
+        position = self._epoch * self._n_batches * share
         while True:
-            passes, place = divmod(position, count)
-            generator = torch.Generator().manual_seed(hash((self._seed, number, passes)) % 2**63)
-            order = torch.randperm(count, generator=generator).tolist()
-            yield from (start + index for index in order[place:])
-            position += count - place
+            passed, place = divmod(position, count)
+            generator = torch.Generator().manual_seed(hash((self._seed, first, passed)) % 2**63)
+            yield first + int(torch.randperm(count, generator=generator)[place])
+            position += 1

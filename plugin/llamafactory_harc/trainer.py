@@ -6,7 +6,7 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorForSeq2Seq, Trainer
+from transformers import Trainer
 
 from llamafactory_hera.distributed import world_size
 from llamafactory_hera.integrations.messages import show_messages
@@ -17,33 +17,24 @@ from .config import HarcConfig
 from .coupler import Coupler
 from .data import HarcCollator, MixtureSampler, chat_tail, read_rows
 
+_PACKED = "the samples in a row have no single prompt and response"
 #: Arguments of a Trainer that must not be set, and why.
 _REFUSED = {
     "use_liger_kernel": "fused losses compute no logits, which the KL term compares",
-    "packing": "several samples in one row have no single prompt and response",
-    "padding_free": "several samples in one row have no single prompt and response",
+    "packing": _PACKED,
+    "padding_free": _PACKED,
     "auto_find_batch_size": "batches have a fixed mixture",
-    "fsdp": "the base model's pass was tested with DDP and DeepSpeed only",
+    "fsdp": "the pass without the adapter was tested with DDP and DeepSpeed only",
 }
 
 
 class HarcTrainerMixin(MethodTrainerMixin):
-    """Adds HARC's term to the loss of the trainer that it is put in front of.
+    """Adds HARC's term, with the ``harc_*`` keys in ``harc``, to the loss of the trainer that it is put in front of.
 
-    Args:
-        *args: As for that trainer.
-        harc: The ``harc_*`` keys.
-        tail: The template's tokens between the user's text and the response; by default those of the chat template
-            of ``processing_class``.
-        **kwargs: As for that trainer. Rows of ``train_dataset`` have ``input_ids``, ``labels`` (or TRL's
-            ``completion_mask``) and their class in the column ``harc_column``.
-
-    Raises:
-        ValueError: A setting, the data or the model does not fit; the message states the value and the remedy.
+    Rows of ``train_dataset`` have ``input_ids``, ``labels`` (or TRL's ``completion_mask``) and the column of their
+    class. ``tail`` contains the template's tokens between the user's text and the response; the default is that of the
+    chat template. Raises ``ValueError`` if a setting, the data or the model does not fit.
     """
-
-    train_dataset: Any
-    data_collator: Any
 
     def __init__(self, *args: Any, harc: HarcConfig, tail: Sequence[int] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,12 +42,13 @@ class HarcTrainerMixin(MethodTrainerMixin):
         self._check()
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         tail = chat_tail(tokenizer) if tail is None else tail
-        rows = read_rows(self.train_dataset, tail, harc)
+        dataset: Any = self.train_dataset
+        extract, train = read_rows(dataset, tail, harc)
         size = self.args.per_device_train_batch_size
-        self._mixture = MixtureSampler(rows.train, size, world_size(), self.args.seed)
-        self._rows = [row for each in rows.train.values() for row in each]
-        self._collate = HarcCollator(DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8), len(tail))
-        self.coupler = Coupler(self.model, harc, rows.extract, self._collate, self.args.output_dir)
+        self._mixture = MixtureSampler(train, size, world_size(), self.args.seed)
+        self._rows = [row for rows in train.values() for row in rows]
+        self._collate = HarcCollator(tokenizer, len(tail))
+        self.coupler = Coupler(self.model, harc, extract, self._collate, self.args.output_dir)
         self.use(self.coupler)
 
     def _check(self) -> None:
@@ -65,12 +57,9 @@ class HarcTrainerMixin(MethodTrainerMixin):
             if value := getattr(self.args, key, None):
                 raise ValueError(f"{key}: {value} does not work with HARC, because {why}; remove it.")
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                "model: HARC compares it with itself without its adapter, and full fine-tuning has none; train LoRA "
-                "(peft.get_peft_model)."
-            )
+            raise ValueError("model: it has no LoRA adapter, and HARC compares it with itself without one; add one.")
         if self.args.n_gpu > 1:
-            raise ValueError(f"n_gpu: {self.args.n_gpu} devices in one process are not supported; use torchrun.")
+            raise ValueError(f"n_gpu: {self.args.n_gpu} devices in one process do not work; use torchrun.")
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """Returns a loader of batches with a fixed mixture of classes."""
@@ -90,7 +79,4 @@ class HarcTrainerMixin(MethodTrainerMixin):
 
 
 class HarcTrainer(HarcTrainerMixin, Trainer):
-    """transformers' Trainer with HARC::
-
-    HarcTrainer(peft_model, args, harc=HarcConfig(), train_dataset=rows, processing_class=tokenizer)
-    """
+    """transformers' Trainer with HARC, which needs the tokenizer as ``processing_class``."""

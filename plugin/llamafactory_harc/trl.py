@@ -1,4 +1,4 @@
-"""HARC in TRL's ``SFTTrainer``, on conversational rows ``prompt`` and ``completion`` with the column of the class."""
+"""HARC in TRL's ``SFTTrainer``, on rows ``prompt`` and ``completion`` (lists of messages) with their class."""
 
 from trl import SFTTrainer
 
@@ -6,7 +6,4 @@ from .trainer import HarcTrainerMixin
 
 
 class HarcSFTTrainer(HarcTrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer with HARC::
-
-    HarcSFTTrainer(model, args, harc=HarcConfig(), train_dataset=dataset, peft_config=LoraConfig(...))
-    """
+    """TRL's SFTTrainer with HARC: ``HarcSFTTrainer(model, args, harc=HarcConfig(), peft_config=..., ...)``."""

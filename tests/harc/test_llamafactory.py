@@ -19,7 +19,7 @@ RECIPE: dict[str, Any] = {
     "stage": "harc", "do_train": True, "model_name_or_path": "model", "template": "qwen3_nothink", "dataset": "mixed",
     "dataset_dir": "data", "finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj,down_proj",
     "per_device_train_batch_size": 12, "max_steps": 3, "logging_steps": 1, "learning_rate": 3e-3, "report_to": "none",
-    "use_cpu": True, "seed": 1, "output_dir": "saves/run", "harc_extract_batch_size": 3, "harc_refresh": 2,
+    "use_cpu": True, "seed": 1, "output_dir": "saves/run", "harc_refresh": 2,
     "overwrite_output_dir": True, "save_strategy": "no", "cutoff_len": 8,
 }  # fmt: skip
 ENV = {"CUDA_VISIBLE_DEVICES": ""}
@@ -53,21 +53,21 @@ def logs(run: Any) -> list[dict[str, float]]:
 
 
 def test_the_tail_of_the_hosts_template_is_that_of_the_tokenizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamafactory_harc.llamafactory import _checked, _Samples
+    from llamafactory_harc.llamafactory import KindSamples, checked
 
     monkeypatch.chdir(place)
     host = host_arguments(RECIPE)
-    samples = _Samples(host, _checked(host))
-    assert samples.tail() == chat_tail(tiny.tokenizer())
+    samples = KindSamples(host, checked(host))
+    assert samples.tail == chat_tail(tiny.tokenizer())
     ours = {(tuple(row["input_ids"]), row["kind"]) for row in samples.encoded()}
     assert {(ids[:-1], kind) for ids, kind in ours} == {(tuple(r["input_ids"]), r["kind"]) for r in tiny.encoded()}
-    named = _Samples(
-        host_arguments(RECIPE | {"dataset": "my_harmful,my_harmless,my_pseudo,my_compliant"}), _checked(host)
+    named = KindSamples(
+        host_arguments(RECIPE | {"dataset": "my_harmful,my_harmless,my_pseudo,my_compliant"}), checked(host)
     )
     assert {(tuple(row["input_ids"]), row["kind"]) for row in named.encoded()} == ours
     host.model.enable_liger_kernel = True  # the parser asks for the package
     with pytest.raises(ValueError, match="enable_liger_kernel: True does not work with stage: harc"):
-        _checked(host)
+        checked(host)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ def test_the_tail_of_the_hosts_template_is_that_of_the_tokenizer(place: Path, mo
 def test_a_run_that_does_not_fit_is_refused_before_weights_load(
     place: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
 ) -> None:
-    from llamafactory_harc.llamafactory import _checked, _Samples
+    from llamafactory_harc.llamafactory import KindSamples, checked
 
     monkeypatch.chdir(place)
     with pytest.raises(ValueError, match=message):
         host = host_arguments(RECIPE | keys)
-        _Samples(host, _checked(host)).encoded()
+        KindSamples(host, checked(host)).encoded()
 
 
 @pytest.mark.slow

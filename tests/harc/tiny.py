@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import TrainingArguments
 
 from llamafactory_harc.config import HarcConfig
 from llamafactory_harc.data import HarcCollator, Rows, chat_tail, read_rows
@@ -87,17 +87,13 @@ def with_lora(model: Any, random: bool = False) -> Any:
 
 
 def collator(side: str = "right") -> HarcCollator:
-    return HarcCollator(DataCollatorForSeq2Seq(padded(side), pad_to_multiple_of=8), len(chat_tail(tokenizer())))
-
-
-def padded(side: str) -> Any:
     tokens = tokenizer()
-    return tf.PreTrainedTokenizerFast(
-        tokenizer_object=tokens.backend_tokenizer, padding_side=side, pad_token=tokens.pad_token
-    )
+    padded = tf.PreTrainedTokenizerFast(tokenizer_object=tokens.backend_tokenizer, padding_side=side)
+    padded.pad_token = tokens.pad_token
+    return HarcCollator(padded, len(chat_tail(tokens)))
 
 
-def rows(config: HarcConfig) -> Rows:
+def rows(config: HarcConfig) -> tuple[Rows, Rows]:
     return read_rows(encoded(), chat_tail(tokenizer()), config)
 
 
@@ -107,24 +103,19 @@ def trainer_of(folder: Path, model: Any = None, harc: dict[str, Any] | None = No
     shared |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 3e-3}
     args = TrainingArguments(str(folder), **shared | values)
     model = with_lora(chat_model()) if model is None else model
-    config = HarcConfig(**{"extract_batch_size": 3, **(harc or {})})
-    return HarcTrainer(model, args, harc=config, train_dataset=encoded(), processing_class=tokenizer())
+    return HarcTrainer(
+        model, args, harc=HarcConfig(**harc or {}), train_dataset=encoded(), processing_class=tokenizer()
+    )
 
 
 def instruct_model() -> tf.LlamaForCausalLM:
     """Trains the tiny model until it answers its rows, refusals included."""
     model = chat_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = {key: value for key, value in collator()(_answers()).items() if not key.startswith("harc_")}
+    answers = [row._replace(kind="harmful") for each in rows(HarcConfig())[1].values() for row in each]  # for labels
+    batch = {key: value for key, value in collator()(answers).items() if not key.startswith("harc_")}
     for _ in range(60):
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
     return model.eval()
-
-
-def _answers() -> list[Any]:
-    from llamafactory_harc.data import Row
-
-    found = rows(HarcConfig()).train.values()
-    return [Row(row.ids, row.n_prompt, "harmful") for each in found for row in each]  # so that all have labels

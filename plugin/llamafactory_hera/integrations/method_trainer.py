@@ -24,7 +24,7 @@ class Method(Protocol):
     """The state and the steps of a method during one run, independent of any trainer."""
 
     def prepare(self, batch: dict[str, Any]) -> Any:
-        """Takes the method's inputs out of a batch before the forward pass; None for a batch without them."""
+        """Takes the method's inputs out of a batch before the forward pass; returns None for a batch without them."""
 
     def loss(self, prepared: Any) -> Tensor:
         """Computes the weighted term of the latest forward pass."""
@@ -39,19 +39,16 @@ class Method(Protocol):
         """Returns the statistics since the last call."""
 
     def save(self, folder: str) -> None:
-        """Writes the state into a folder of the checkpoint."""
+        """Writes the state into a folder; :meth:`check` refuses that of another run, :meth:`load` restores it."""
 
-    def check(self, folder: str) -> None:
-        """Raises ``ValueError`` if a checkpoint belongs to another run."""
+    def check(self, folder: str) -> None: ...
 
-    def load(self, folder: str) -> None:
-        """Restores the state."""
+    def load(self, folder: str) -> None: ...
 
     def close(self) -> None:
-        """Ends a run that has finished."""
+        """Ends a run that has finished; :meth:`release` only removes the hooks from the model."""
 
-    def release(self) -> None:
-        """Removes the hooks from the model."""
+    def release(self) -> None: ...
 
 
 class MethodTrainerMixin(_Base):

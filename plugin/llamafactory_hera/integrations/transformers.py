@@ -128,11 +128,12 @@ class HeraTrainerMixin(MethodTrainerMixin):
         aligner, args = self.aligner, self.args
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
-        aligner.batch_size = self.state.train_batch_size  # after an out-of-memory error, smaller than the argument
+        size: Any = self.state.train_batch_size  # after an out-of-memory error, smaller than the argument
+        aligner.batch_size = size
         if not self.state.global_step:  # a resumed run keeps the memory of its checkpoint
             aligner.memory.clear()
         steps = args.gradient_accumulation_steps if aligner.config.gradcache else 1
-        aligner.memory.settle(aligner.batch_size * world_size() * steps)
+        aligner.memory.settle(size * world_size() * steps)
         log_setup(aligner, self.model, args)
 
     def on_end(self) -> None:
