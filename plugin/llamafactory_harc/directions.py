@@ -23,10 +23,7 @@ _EDGE = 4  # layers at both ends that are never chosen, embeddings included
 
 
 def from_means(harmful: Tensor, harmless: Tensor, compliant: Tensor) -> Tensor:
-    """Returns the directions ``[4, n, D]`` from the means ``[3, n, D]`` of the classes.
-
-    The means are those at the last token of the instruction, at that of the prompt, and over the response.
-    """
+    """Returns the directions ``[4, n, D]`` from means ``[3, n, D]``: at instruction and prompt, over the response."""
     harm, refusal, later_refusal = harmful - harmless
     later_harm = compliant[2] - harmless[2]
     return functional.normalize(torch.stack([harm, refusal, later_harm, later_refusal]), dim=-1, eps=1e-8)

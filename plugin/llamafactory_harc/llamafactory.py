@@ -80,8 +80,7 @@ def write_directions(recipe: str, overrides: Sequence[str] = ()) -> None:
     coupler.base = coupler.extract(device)
     coupler.save_directions()
     write_text(folder / "run.yaml", f"# {recipe} with the directions of its base model\n\n{run}")
-    print("wrote:", *(folder / name for name in (DIRECTIONS, "harc.json", "directions.png", "run.yaml")), sep="\n  ")
-    print(f"next:\n  llamafactory-cli train {folder / 'run.yaml'}")
+    print(f"wrote {folder}; next: llamafactory-cli train {folder / 'run.yaml'}")
 
 
 def checked(host: recipes.HostArguments) -> HarcConfig:
@@ -116,7 +115,6 @@ class KindSamples(Samples):
             super().__init__(host._replace(model=copy.deepcopy(host.model), data=data), 0)
         finally:
             loader.align_dataset = align
-        #: The tokens of the host's template between the user's text and the response.
         self.tail = template_tail(self._prompt)
 
     def _prompt(self, text: str) -> list[int]:

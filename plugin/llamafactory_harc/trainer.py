@@ -17,12 +17,10 @@ from .config import HarcConfig
 from .coupler import Coupler
 from .data import HarcCollator, MixtureSampler, chat_tail, read_rows
 
-_PACKED = "the samples in a row have no single prompt and response"
 #: Arguments of a Trainer that must not be set, and why.
 _REFUSED = {
     "use_liger_kernel": "fused losses compute no logits, which the KL term compares",
-    "packing": _PACKED,
-    "padding_free": _PACKED,
+    **dict.fromkeys(("packing", "padding_free"), "the samples in a row have no single prompt and response"),
     "auto_find_batch_size": "batches have a fixed mixture",
     "fsdp": "the pass without the adapter was tested with DDP and DeepSpeed only",
 }

@@ -31,14 +31,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("harc")
     tiny.chat_model().save_pretrained(place / "model")
     tiny.tokenizer().save_pretrained(place / "model")
-    alpaca = [
-        {"instruction": r["prompt"], "input": "", "output": r["completion"], "kind": r["kind"]} for r in tiny.texts()
-    ]
-    files: dict[str, list] = {"mixed": alpaca}
+    mixed = [{"instruction": row["prompt"], "input": "", "output": row["completion"], **row} for row in tiny.TEXTS]
+    files = {"mixed": mixed, "unanswered": [row | {"output": ""} for row in mixed]}
     for kind in ("harmful", "harmless", "pseudo", "compliant"):
-        named = [row for row in alpaca if row["kind"] == kind]
-        files[f"my_{kind}"] = [{key: value for key, value in row.items() if key != "kind"} for row in named]
-    files["unanswered"] = [row | {"output": ""} if row["kind"] == "harmful" else row for row in alpaca]
+        rows = [row for row in mixed if row["kind"] == kind]
+        files[f"my_{kind}"] = [{key: value for key, value in row.items() if key != "kind"} for row in rows]
     (place / "data").mkdir()
     for name, rows in files.items():
         (place / f"data/{name}.json").write_text(json.dumps(rows))
@@ -47,33 +44,31 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def logs(run: Any) -> list[dict[str, float]]:
-    assert run.ok, run.output
-    return run.logs()
-
-
-def test_the_tail_of_the_hosts_template_is_that_of_the_tokenizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _samples(place: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Any:
     from llamafactory_harc.llamafactory import KindSamples, checked
 
     monkeypatch.chdir(place)
-    host = host_arguments(RECIPE)
-    samples = KindSamples(host, checked(host))
+    host = host_arguments(RECIPE | keys)
+    host.model.enable_liger_kernel = keys.get("dataset") == "liger"  # the parser asks for the package
+    return KindSamples(host, checked(host))
+
+
+def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = _samples(place, monkeypatch)
+    named = _samples(place, monkeypatch, dataset="my_harmful,my_harmless,my_pseudo,my_compliant")
     assert samples.tail == chat_tail(tiny.tokenizer())
-    ours = {(tuple(row["input_ids"]), row["kind"]) for row in samples.encoded()}
-    assert {(ids[:-1], kind) for ids, kind in ours} == {(tuple(r["input_ids"]), r["kind"]) for r in tiny.encoded()}
-    named = KindSamples(
-        host_arguments(RECIPE | {"dataset": "my_harmful,my_harmless,my_pseudo,my_compliant"}), checked(host)
-    )
-    assert {(tuple(row["input_ids"]), row["kind"]) for row in named.encoded()} == ours
-    host.model.enable_liger_kernel = True  # the parser asks for the package
-    with pytest.raises(ValueError, match="enable_liger_kernel: True does not work with stage: harc"):
-        checked(host)
+    expected = {(tuple(row["input_ids"]), row["kind"]) for row in tiny.encoded()}
+    for each in (samples, named):  # the host also ends a turn with a line break
+        assert {(tuple(row["input_ids"][:-1]), row["kind"]) for row in each.encoded()} == expected
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"finetuning_type": "full", "lora_target": "all"}, "finetuning_type: full trains no adapter"),
+        ({"dataset": "liger"}, "enable_liger_kernel: True does not work with stage: harc"),
         ({"packing": True}, "packing: True does not work with stage: harc"),
         ({"val_size": 0.1}, "val_size: 0.1 does not work with stage: harc"),
         ({"dataset": "unanswered"}, r"row 0 .harmful. has no response"),
@@ -84,17 +79,13 @@ def test_the_tail_of_the_hosts_template_is_that_of_the_tokenizer(place: Path, mo
 def test_a_run_that_does_not_fit_is_refused_before_weights_load(
     place: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
 ) -> None:
-    from llamafactory_harc.llamafactory import KindSamples, checked
-
-    monkeypatch.chdir(place)
     with pytest.raises(ValueError, match=message):
-        host = host_arguments(RECIPE | keys)
-        KindSamples(host, checked(host)).encoded()
+        _samples(place, monkeypatch, **keys).encoded()
 
 
 @pytest.mark.slow
 def test_two_processes_and_engines_train_as_one_process(server: HostServer, place: Path) -> None:
-    whole = logs(server.run(RECIPE | {"output_dir": "saves/one"}, place, env=ENV))
+    whole = server.run(RECIPE | {"output_dir": "saves/one"}, place, env=ENV).logs()
     assert len(whole) == 3
     files = {path.name for path in (place / "saves/one/harc").iterdir()}
     assert {"directions.safetensors", "directions.png", "harc.json", "state.safetensors", "run.json"} <= files
@@ -107,8 +98,7 @@ def test_two_processes_and_engines_train_as_one_process(server: HostServer, plac
             config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
             (place / f"{name}.json").write_text(json.dumps(config))
             keys |= {"deepspeed": f"{name}.json", "use_cpu": False}
-        # a new adapter draws other random numbers under ZeRO-3, so all runs continue one
-        part = logs(server.run(RECIPE | keys, place, ranks=2, env=ENV))
+        part = server.run(RECIPE | keys, place, ranks=2, env=ENV).logs()
         for ours, theirs in zip(part, whole, strict=True):
             compared = {
                 key: value for key, value in theirs.items() if key.startswith(("harc", "l")) and key != "learning_rate"

@@ -43,7 +43,8 @@ def test_directions_are_unit_differences_of_means_at_the_inputs_of_blocks(tmp_pa
         [torch.stack(each).mean(0) for each in zip(*(naive_read(model, row, 5) for row in rows), strict=True)]
         for rows in tiny.rows(HarcConfig())[0].values()
     )
-    raw = torch.stack([a - b for a, b in zip((*harmful[:2], compliant[2], harmful[2]), [*harmless, harmless[2]])])  # noqa: B905
+    pairs = zip((*harmful[:2], compliant[2], harmful[2]), (*harmless, harmless[2]), strict=True)
+    raw = torch.stack([a - b for a, b in pairs])
     found = coupler_of(tmp_path, model, window=5).extract(CPU)
     assert found.shape == (4, tiny.BLOCKS, 32)
     # the last layer is read before the final norm
@@ -133,16 +134,16 @@ def test_a_row_beyond_the_margin_has_no_loss_and_no_gradient() -> None:
     assert (loss.item(), refusal.grad.tolist()) == (0, [[0, 0]])  # type: ignore[union-attr]
 
 
-def test_the_tail_of_a_template_follows_the_text_of_the_user() -> None:
-    assert tiny.tokenizer().decode(TAIL) == "<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="template: no token follows"):
-        template_tail(lambda text: tiny.tokenizer()(text)["input_ids"])
-
-
 def test_long_rows_lose_the_beginning_of_the_prompt_and_the_end_of_the_response() -> None:
     whole, cut = (tiny.rows(HarcConfig(length=length))[1]["harmful"][0] for length in (256, 8))
     assert cut.ids[: cut.n_prompt] == whole.ids[: whole.n_prompt][-8:]
     assert cut.ids[cut.n_prompt :] == [*whole.ids[whole.n_prompt :][:8], tiny.tokenizer().eos_token_id]
+
+
+def test_a_template_without_a_tail_is_refused() -> None:
+    assert tiny.tokenizer().decode(TAIL) == "<|im_end|>\n<|im_start|>assistant\n"
+    with pytest.raises(ValueError, match="template: no token follows"):
+        template_tail(lambda text: tiny.tokenizer()(text)["input_ids"])
 
 
 def _spoiled(**changes: Any) -> list[dict[str, Any]]:
