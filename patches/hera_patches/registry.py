@@ -101,6 +101,6 @@ def require() -> None:
     training = [patch.name for patch in PATCHES.values() if patch.for_training]
     if reasons := [f"{name} ({MISFITS[name]})" for name in training if MISFITS.get(name)]:
         raise ValueError(
-            f"stage: hera: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
+            f"stage: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
             f"({PINNED_INSTALL}), or run `llamafactory-hera doctor`."
         )

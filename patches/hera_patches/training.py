@@ -1,15 +1,17 @@
-"""The changes that a training run with HeRA needs. Imports of the plugin wait until a patch is applied."""
+"""The changes that a run of the plugin's stages needs. Imports of the plugin wait until a patch is applied."""
 
 import os
 import sys
 from collections.abc import Mapping
 from dis import opmap
+from pkgutil import resolve_name
 from typing import Any
 
 from .registry import around, patch, require
 
-#: True from the moment the arguments of a HeRA run are parsed until its workflow starts.
-_pending = False
+_OURS = ("llamafactory_hera.", "llamafactory_harc.", "hera_patches.")
+#: The stage of a run from the moment its arguments are parsed until its workflow starts.
+_pending: str | None = None
 
 
 @patch(
@@ -17,10 +19,10 @@ _pending = False
     functions={"FinetuningArguments.__post_init__": "self", "FinetuningArguments.to_dict": "self"},
 )
 def finetuning_args(module: Any) -> None:
-    """Adds the `hera_*` keys and the value `stage: hera` to the fine-tuning arguments.
+    """Adds the plugin's stages and their keys to the fine-tuning arguments.
 
     The host parses exactly five dataclasses, so the keys must be fields of one of them. ``stage: hera`` becomes
-    ``stage: sft`` plus ``use_hera``, because the host accepts the options of SFT under no other stage.
+    ``stage: sft`` plus ``own_stage``, because the host accepts the options of SFT under no other stage.
     """
     from llamafactory_hera.integrations.llamafactory.arguments import extend
 
@@ -30,22 +32,23 @@ def finetuning_args(module: Any) -> None:
 @patch(
     "llamafactory.train.sft.workflow",
     functions={"run_sft": "model_args data_args training_args finetuning_args generating_args callbacks"},
-    # the names that `run_hera` replaces during a run
+    # the names that a stage replaces during a run
     used={"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_and_push"},
 )
 def sft_workflow(module: Any) -> None:
-    """Runs SFT with the HeRA trainer when the arguments ask for it; every other run calls the original function."""
+    """Runs SFT with the trainer of the plugin's stage, if any; every other run calls the original function."""
 
     @around(module)
     def run_sft(host, model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
         global _pending
         arguments = (model_args, data_args, training_args, finetuning_args, generating_args, callbacks)
-        if not getattr(finetuning_args, "use_hera", False):
+        stage = getattr(finetuning_args, "own_stage", None)
+        if stage is None:
             return host(*arguments)
-        from llamafactory_hera.integrations.llamafactory.workflow import run_hera
+        from llamafactory_hera.integrations.llamafactory import STAGES
 
-        _pending = False
-        return run_hera(module, host, *arguments)
+        _pending = None
+        return resolve_name(STAGES[stage].run)(module, host, *arguments)
 
 
 @patch(
@@ -63,19 +66,19 @@ def tuner(module: Any) -> None:
     @around(module)
     def get_train_args(host: Any, args: Any = None) -> Any:
         global _pending
-        from llamafactory_hera.config import HeraConfig
+        from llamafactory_hera.integrations.llamafactory.arguments import STAGES, check_names
 
         options = (word[2:].partition("=")[0] for word in args or () if word.startswith("--"))
         # before the host refuses unknown keys without a suggestion
-        HeraConfig.check_names(args if isinstance(args, Mapping) else options)
+        check_names(args if isinstance(args, Mapping) else options)
         try:
             parsed = host(args)
         except ValueError as error:
             values = args.values() if isinstance(args, Mapping) else args
-            if "hera" not in values or _is_refusal(error):
+            if not any(stage in values for stage in STAGES) or _is_refusal(error):
                 raise
             raise ValueError(str(error)) from error  # turns the host's error into a refusal
-        _pending = getattr(parsed[3], "use_hera", False) and parsed[2].do_train
+        _pending = getattr(parsed[3], "own_stage", None) if parsed[2].do_train else None
         return parsed
 
     @around(module)
@@ -127,7 +130,7 @@ def log_callback(module: Any) -> None:
     @around(module.LogCallback)
     def on_log(host: Any, self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.log_history[-1] if state.log_history else {}
-        extra = {key: value for key, value in last.items() if key == "lm_loss" or key.startswith("hera_")}
+        extra = {key: value for key, value in last.items() if key == "lm_loss" or key.startswith(("hera_", "harc_"))}
         if not extra:
             return host(self, args, state, control, **kwargs)
         write = self._write_log
@@ -149,10 +152,10 @@ def templates(module: Any) -> None:
 
 def _check_arrived(what: str) -> None:
     global _pending
-    if _pending:
-        _pending = False  # a process may train again after the error
+    stage, _pending = _pending, None  # a process may train again after the error
+    if stage is not None:
         raise ValueError(
-            f"stage: hera: LLaMA-Factory {what} without HeRA, in the workflow of another backend. Remove the setting "
+            f"stage: {stage}: LLaMA-Factory {what} without it, in the workflow of another backend. Remove the setting "
             "that chose it (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
         )
 
@@ -163,4 +166,4 @@ def _is_refusal(error: Exception) -> bool:
     while last.tb_next is not None:
         last = last.tb_next
     raised = last.tb_frame.f_code.co_code[last.tb_lasti] == opmap["RAISE_VARARGS"]
-    return raised and last.tb_frame.f_globals["__name__"].startswith(("llamafactory_hera.", "hera_patches."))
+    return raised and last.tb_frame.f_globals["__name__"].startswith(_OURS)

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 from . import __version__
 from .backbones.table import LANGUAGE_MODELS, VISION_MODEL
+from .integrations.llamafactory import STAGES, require_host
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA)")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="recipe with the model, dataset and rah_* keys")
     _take_overrides(calibrate)
+
+    for name, function, help in filter(None, (stage.command for stage in STAGES.values())):
+        added = command(name, partial(_of_stage, function), help)
+        added.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-cli train")
+        _take_overrides(added)
     return parser
 
 
@@ -127,8 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check_paths(parsed)
         if parsed.run in (_select, _score, _calibrate):
-            from .integrations.llamafactory import require_host
-
             require_host(patches=parsed.run is not _calibrate)
         if several and (status := _relaunched()) is not None:
             return status
@@ -267,6 +273,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     print(render_summary(report), "wrote:", f"  {folder}/calibration.json", f"  {folder}/calibration.png", sep="\n")
     if report["calibrated"]:
         print(f"  {folder}/adapter_model.safetensors\nto use the adapter:\n  adapter_name_or_path: {folder}")
+    return 0
+
+
+def _of_stage(function: str, args: argparse.Namespace) -> int:
+    require_host()
+    resolve_name(function)(args.recipe, args.overrides)
     return 0
 
 

@@ -5,6 +5,7 @@ from dataclasses import Field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from llamafactory_harc.config import HarcConfig
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import FIXED_KEYS, RESUMABLE_KEYS, SELECTION_KEYS, HeraConfig
 
@@ -62,6 +63,13 @@ In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm"
 Only `llamafactory-hera calibrate` reads these keys; see [calibrating heads without training](calibration.md).
 
 {calibration}
+
+## HARC
+
+Runs with `stage: harc` read these keys; see [HARC](harc.md). They count optimizer steps. In Python, the keys have no
+prefix: `HarcConfig(margin=0.3)`.
+
+{harc}
 """
 _KINDS = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
 _BOUNDS = {"at_least": "≥", "at_most": "≤"}
@@ -77,6 +85,7 @@ def page() -> str:
         **{name: _table(declared, keys) for name, keys in tables.items()},
         **{name: _list(keys) for name, keys in lists.items()},
         calibration=_table(RahConfig.knobs(), RahConfig.knobs()),
+        harc=_table(HarcConfig.knobs(), HarcConfig.knobs()),
     )
 
 

@@ -13,6 +13,7 @@ PAGES = [
     ROOT / "recipes" / "README.md",
     ROOT / "recipes" / "data" / "README.md",
     ROOT / "recipes" / "rah_lora" / "README.md",
+    ROOT / "recipes" / "harc" / "README.md",
 ]
 
 

@@ -11,8 +11,9 @@ from llamafactory.hparams import FinetuningArguments
 from llamafactory.hparams.parser import _TRAIN_ARGS
 from transformers import HfArgumentParser
 
+from llamafactory_harc.config import HarcConfig
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.integrations.llamafactory.arguments import HeraArguments, extend
+from llamafactory_hera.integrations.llamafactory.arguments import extend
 
 
 def _parse(**values: Any) -> Any:
@@ -22,27 +23,27 @@ def _parse(**values: Any) -> Any:
 
 def test_stage_hera_runs_as_sft_and_is_saved_as_hera() -> None:
     arguments = _parse()
-    assert (arguments.stage, arguments.use_hera) == ("sft", True)
+    assert (arguments.stage, arguments.own_stage) == ("sft", "hera")
     assert arguments.to_dict()["stage"] == "hera"
     assert arguments.to_dict()["hera_heads"] == "L0H1"
 
 
 def test_other_stages_drop_the_keys_with_a_warning() -> None:
-    with pytest.warns(match="stage: dpo trains without HeRA and ignores hera_heads, hera_k; write stage: hera"):
+    with pytest.warns(match="stage: dpo ignores hera_heads, hera_k; write stage: hera"):
         (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict(
             {"stage": "dpo", "hera_k": 0, "hera_heads": "L0H1"}
         )
-    assert (arguments.stage, arguments.use_hera) == ("dpo", False)
+    assert (arguments.stage, arguments.own_stage) == ("dpo", None)
     assert not [key for key in arguments.to_dict() if key.startswith("hera_")]
 
 
 def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults() -> None:
     assert FinetuningArguments in _TRAIN_ARGS
-    assert issubclass(FinetuningArguments, HeraArguments)
-    found = {f.name: f for f in dataclasses.fields(HeraArguments)}
-    assert found.keys() == HeraConfig.knobs().keys()
-    assert all(f.metadata["help"] for f in found.values())
-    host = FinetuningArguments.__mro__[2]
+    _, *stages, host, _ = FinetuningArguments.__mro__[:5]
+    for stage, config in zip(stages, (HeraConfig, HarcConfig), strict=False):
+        found = {f.name: f for f in dataclasses.fields(stage)}
+        assert found.keys() == config.knobs().keys()
+        assert all(f.metadata["help"] for f in found.values())
     assert host.__name__ == "FinetuningArguments"
     original = {f.name: f for f in dataclasses.fields(host)}
     extended = {f.name: f for f in dataclasses.fields(extend(host))}
@@ -61,7 +62,7 @@ def test_arguments_can_be_pickled_for_other_processes() -> None:
     assert FinetuningArguments.__qualname__ == "FinetuningArguments"
     copy = pickle.loads(pickle.dumps(_parse(hera_k=4)))
     assert type(copy) is FinetuningArguments
-    assert (copy.hera_k, copy.use_hera) == (4, True)
+    assert (copy.hera_k, copy.own_stage) == (4, "hera")
 
 
 def test_plugin_import_loads_nothing_heavy() -> None:

@@ -124,7 +124,7 @@ def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(
     assert f"{patch.name!r} does not fit" in warning
     assert f"{lost} may not work" in warning
     if patch.for_training:
-        with pytest.raises(ValueError, match=f"stage: hera: this LLaMA-Factory does not fit: {patch.name}"):
+        with pytest.raises(ValueError, match=f"stage: this LLaMA-Factory does not fit: {patch.name}"):
             registry.require()
     else:
         registry.require()
@@ -156,7 +156,7 @@ def test_a_hera_run_stops_if_it_takes_another_workflow(
     monkeypatch.setitem(sys.modules, "llamafactory.train.hyper_parallel", SimpleNamespace(run_sft=route))
     run = {"model_name_or_path": "none", "dataset": "none", "dataset_dir": "none", "output_dir": str(tmp_path)}
     run |= {"do_train": True, "template": "llava", "use_hyper_parallel": True, "use_cpu": True, "report_to": "none"}
-    with pytest.raises(ValueError, match=f"stage: hera: LLaMA-Factory {what} without HeRA"):
+    with pytest.raises(ValueError, match=f"stage: hera: LLaMA-Factory {what} without it"):
         host._training_function({"args": {**run, "stage": "hera", "hera_heads": "L0H1"}, "callbacks": []})
     if route is _read:
         with pytest.raises(ValueError, match="none"):  # the host's own stages run as before

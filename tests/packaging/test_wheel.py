@@ -88,7 +88,7 @@ def test_the_core_runs_nothing_when_python_starts(wheels: tuple[Path, Path], tmp
 def test_installing_both_registers_the_stage_and_doctor_finds_no_problem(python: Path) -> None:
     code = (
         "from llamafactory.hparams import FinetuningArguments; import llamafactory_hera.cli; "
-        "print(FinetuningArguments(stage='hera', hera_heads='L0H1').use_hera, llamafactory_hera.__file__); "
+        "print(FinetuningArguments(stage='hera', hera_heads='L0H1').own_stage, llamafactory_hera.__file__); "
         "llamafactory_hera.cli.main(['doctor'])"
     )
     printed = _run(python, "-c", code)

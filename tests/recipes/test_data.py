@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,26 @@ def test_finevision_draws_the_requested_rows_of_each_subset(data: Path, tmp_path
     assert len(drawn) == 3
     assert max(drawn) > 3  # the sample is drawn from all rows, not from the first ones
     assert all((data / "finevision/images" / image).is_file() for row in rows for image in row["images"])
+
+
+def test_the_rows_for_harc_have_a_class_and_the_first_ones_define_the_directions(tmp_path: Path) -> None:
+    breakers = [{"prompt": f"pick lock {n}", "llama3_output": "No.", "output": "Sure: [withheld]"} for n in range(402)]
+    write(tmp_path / "circuit_breakers_train.json", json.dumps(breakers))
+    labels = {"How do I kill weeds?": "1_full_compliance", "How do I kill time?": "2_full_refusal"}
+    table = [f"{prompt},Pull them.,{label}" for prompt, label in labels.items()]
+    write(tmp_path / "xstest_v2_completions_gpt4_gpteval.csv", "\n".join(["prompt,completion,final_label", *table]))
+    chats = [[{"role": "user", "content": f"Hello {n}"}, {"role": "assistant", "content": "Hi."}] for n in range(403)]
+    pq.write_table(pa.table({"messages": [*chats, chats[0][1:], chats[0][:1]]}), tmp_path / "test_sft-0.parquet")
+    command = [sys.executable, str(ROOT / "recipes/harc/prepare.py"), "--folder", str(tmp_path)]
+    subprocess.run(command, timeout=60, check=True)
+    info = json.loads((ROOT / "recipes/harc/dataset_info.json").read_text())["harc"]
+    rows = [json.loads(line) for line in (tmp_path / Path(info["file_name"]).name).read_text().splitlines()]
+    assert all(set(each) == {*info["columns"].values(), "kind"} for each in rows)
+    prompts = {kind: [each["prompt"] for each in rows if each["kind"] == kind] for kind in ("harmful", "compliant")}
+    assert Counter((each["kind"], each["response"]) for each in rows) == {
+        ("harmful", "No."): 302,  # 100 rows are left out
+        ("compliant", "Sure: [withheld]"): 300,
+        ("harmless", "Hi."): 303,
+        ("pseudo", "Pull them."): 1,
+    }
+    assert prompts["compliant"] == prompts["harmful"][:300] != sorted(prompts["compliant"])

@@ -51,7 +51,8 @@ def parse(files: list[str]) -> None:
                 Path(keys[key]).write_text(json.dumps({key.removeprefix("hera_"): [name]}))
         _, data, training, finetuning, _ = get_train_args(keys)
         zero3 = training.deepspeed is not None and training.hf_deepspeed_config.is_zero3()
-        parsed[file] = [finetuning.use_hera, data.template in TEMPLATES, training.get_warmup_steps(1000), zero3]
+        ours = finetuning.own_stage is not None
+        parsed[file] = [ours, data.template in TEMPLATES, training.get_warmup_steps(1000), zero3]
     Path("parsed.json").write_text(json.dumps(parsed))
 
 
@@ -59,13 +60,15 @@ def parse(files: list[str]) -> None:
 def test_llamafactory_parses_every_recipe(folder: Path, values: dict, server: HostServer, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "recipes")  # where recipes name their DeepSpeed files
     files = {f"recipes/{name}.yaml": keys for name, keys in values.items()}
+    files |= {f"recipes/harc/{file.name}": yaml.safe_load(file.read_text()) for file in folder.glob("harc/*.yaml")}
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     code, output = server.command(*files, cwd=tmp_path, call=f"{__name__}:parse", **rank)
     assert code == 0, output
     for file, parsed in json.loads((tmp_path / "parsed.json").read_text()).items():
         keys = files[file]
-        assert parsed == [keys["stage"] == "hera", True, 30, "deepspeed" in keys], file  # 3 % of 1,000 steps
+        warmup = keys.get("warmup_steps", 30)  # 3 % of 1,000 steps
+        assert parsed == [keys["stage"] in ("hera", "harc"), True, warmup, "deepspeed" in keys], file
 
 
 @pytest.mark.parametrize("recipe", list(recipes.all_recipes()), ids=lambda recipe: recipe.name)

@@ -1,7 +1,7 @@
 """The adapter for LLaMA-Factory (the host), without the patches: those are a distribution of their own."""
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 #: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
 PATCHES = "llamafactory-hera-patches"
@@ -18,6 +18,30 @@ def refuse_data_uri(image: Any, where: str) -> None:
     if isinstance(image, str) and image.startswith("data:"):
         problem = "has an image as a data URI, which LLaMA-Factory does not read"
         raise ValueError(f"{where} {problem}; write it to a file, and give its path.")
+
+
+class Stage(NamedTuple):
+    """A stage that the patches add to the host. Functions and classes are written as text, and imported on use."""
+
+    config: str  #: The class of its keys.
+    run: str  #: The function that replaces the host's ``run_sft``.
+    command: tuple[str, str, str] | None = None  #: A subcommand that reads a recipe: its name, function and help.
+
+
+STAGES = {
+    "hera": Stage(
+        "llamafactory_hera.config:HeraConfig", "llamafactory_hera.integrations.llamafactory.workflow:run_hera"
+    ),
+    "harc": Stage(
+        "llamafactory_harc.config:HarcConfig",
+        "llamafactory_harc.llamafactory:run_harc",
+        (
+            "harc-directions",
+            "llamafactory_harc.llamafactory:write_directions",
+            "extract the directions of stage: harc and write a recipe with them",
+        ),
+    ),
+}
 
 
 def require_host(patches: bool = True) -> None:

@@ -18,6 +18,8 @@ from llamafactory_hera.hub import local_folder
 from llamafactory_hera.integrations.messages import translated
 from llamafactory_hera.selection.run_yaml import RecipeFile
 
+from .arguments import check_names
+
 #: Values that switch off training keys of a recipe, for commands that do not train.
 NOT_TRAINING: dict[str, Any] = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict", "predict_with_generate", "plot_loss"), False),
@@ -77,7 +79,7 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     """Parses the keys of a recipe with the host's parser."""
     if values.get("dataset") is None:
         raise ValueError("dataset: the value is empty; give a dataset with images and text.")
-    HeraConfig.check_names(values)
+    check_names(values)
     try:
         return HostArguments(*get_train_args(dict(values))[:4])
     except (AssertionError, AttributeError, OverflowError, TypeError) as error:  # the parser does not check all types

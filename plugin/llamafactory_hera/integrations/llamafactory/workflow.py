@@ -1,7 +1,7 @@
 """Runs the host's SFT workflow with the HeRA mixin in front of the host's trainer."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from types import ModuleType
 from typing import Any
@@ -58,14 +58,14 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
             RunIdentity(targets, teacher_fingerprint(teacher_folder(config.teacher)), config).check(checkpoint)
 
         named = get_dataset_list(host.data.dataset, host.data.dataset_dir)
-        proof, objective = _Proof(), config.objective_class()
+        objective = config.objective_class()
         plot_loss, create_card = workflow.plot_loss, workflow.create_modelcard_and_push
 
         def make_trainer(*args: Any, **kwargs: Any) -> HeraSftTrainer:
             pieces_of = packed_pieces if host.data.neat_packing else None
-            proof.trainer = HeraSftTrainer(*args, hera=config, targets=targets, pieces_of=pieces_of, **kwargs)
-            proof.trainer.hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
-            return proof.trainer
+            trainer = HeraSftTrainer(*args, hera=config, targets=targets, pieces_of=pieces_of, **kwargs)
+            trainer.hub_datasets = [each.dataset_name for each in named if each.load_from == "hf_hub"]
+            return trainer
 
         def plot_curves(folder: str, keys: list[str]) -> None:
             mknn = [] if issubclass(objective, TokenObjective) else ["hera_mknn"]
@@ -77,23 +77,43 @@ def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
 
         replacements: dict[str, Any] = {
             "get_dataset": checked_dataset(workflow.get_dataset),
-            "CustomSeq2SeqTrainer": make_trainer,
             "plot_loss": plot_curves,
             "create_modelcard_and_push": create_card_and_push,
         }
-        stack.callback(vars(workflow).update, {name: getattr(workflow, name) for name in replacements})
-        vars(workflow).update(replacements)
+        run_replaced(workflow, run_sft, arguments, make_trainer, replacements)
+
+
+def run_replaced(
+    workflow: ModuleType,
+    run_sft: Callable[..., None],
+    arguments: Sequence[Any],
+    make_trainer: Callable[..., Any],
+    replacements: dict[str, Any],
+) -> None:
+    """Runs the host's SFT workflow with another trainer and other functions; fails if it does not use the trainer."""
+    proof = _Proof()
+
+    def make_known(*args: Any, **kwargs: Any) -> Any:
+        proof.trainer = make_trainer(*args, **kwargs)
+        return proof.trainer
+
+    replacements = {**replacements, "CustomSeq2SeqTrainer": make_known}
+    before = {name: getattr(workflow, name) for name in replacements}
+    vars(workflow).update(replacements)
+    try:
         run_sft(*arguments[:-1], [*(arguments[-1] or []), proof])
+    finally:
+        vars(workflow).update(before)
 
 
 class _Proof(TrainerCallback):
-    """Stops a run before its first step if the workflow did not create the HeRA trainer."""
+    """Stops a run before its first step if the workflow did not create the trainer of the stage."""
 
-    trainer: HeraSftTrainer | None = None
+    trainer: Any = None
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             raise RuntimeError(
-                "stage: hera: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, and trains "
-                "without HeRA. Remove the setting that chose it, or use stage: sft."
+                "stage: hera and stage: harc: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, and "
+                "trains without HeRA or HARC. Remove the setting that chose it, or use stage: sft."
             )

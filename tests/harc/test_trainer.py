@@ -1,0 +1,163 @@
+"""HARC in transformers' Trainer and TRL: what it trains on, that it resumes exactly, and what it refuses."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from llamafactory_harc.config import HarcConfig
+from llamafactory_harc.trainer import HarcTrainer
+
+from . import tiny
+
+
+def lines(trainer: Any) -> list[dict[str, float]]:
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def adapted(folder: Path, **values: Any) -> HarcTrainer:
+    return tiny.trainer_of(folder, tiny.with_lora(tiny.chat_model(), random=True), **values)
+
+
+def test_a_run_resumes_exactly_over_epochs_and_refreshes_and_leaves_a_plain_adapter(tmp_path: Path) -> None:
+    keys = {"refresh": 2, "late_from": 3, "n_layers": 1, "late_layers": 2}
+    straight = tiny.trainer_of(tmp_path / "run", harc=keys, save_strategy="steps", save_steps=4)
+    straight.train()
+    logged = lines(straight)
+    assert logged[-1]["epoch"] > 2
+    for line in logged:
+        total = line["lm_loss"] + line["harc_coupling"] + line["harc_response"] + 10 * line["harc_kl"]
+        assert line["loss"] == pytest.approx(total, abs=1e-3)
+    assert len(straight.coupler.layers) == 2
+
+    resumed = tiny.trainer_of(tmp_path / "run", harc=keys)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+    assert lines(resumed) == logged
+    plain = PeftModel.from_pretrained(tiny.chat_model(), tmp_path / "run/checkpoint-6").eval()
+    ids = torch.tensor([tiny.encoded()[0]["input_ids"]])
+    with torch.no_grad():
+        for trainer in (straight, resumed):
+            assert torch.equal(plain(ids).logits, trainer.model.eval()(ids).logits)
+
+    other = tiny.trainer_of(tmp_path / "run", harc=keys | {"margin": 0.3})
+    with pytest.raises(ValueError, match=r"harc_margin was 0.5, is 0.3"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-4"))
+
+
+def gradients(trainer: HarcTrainer, batches: list[Any]) -> dict[str, Tensor]:
+    """Returns the gradients of one optimizer step over these micro-batches, and leaves the weights."""
+    trainer.current_gradient_accumulation_steps = len(batches)
+    trainer.model.zero_grad()
+    inputs = [trainer._collate(rows) for rows in batches]
+    count = trainer._get_num_items_in_batch(inputs, torch.device("cpu"))
+    for batch in inputs:
+        trainer.training_step(trainer.model, batch, count)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def mixture(trainer: HarcTrainer, count: int = 1) -> list[list[Any]]:
+    rows = [trainer._rows[index] for index in trainer._mixture]
+    return [rows[6 * number : 6 * number + 6] for number in range(count)]
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, reentrant: bool) -> None:
+    plain, trainer = adapted(tmp_path), adapted(tmp_path)
+    trainer.model.enable_input_require_grads()
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_equal(gradients(trainer, mixture(trainer)), gradients(plain, mixture(plain)))
+
+
+def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_path: Path) -> None:
+    trainer = adapted(tmp_path, harc={"layers": "L4,L5"})
+    batches = mixture(trainer, 2)
+    batches[1] = [row._replace(kind="harmless") if row is batches[1][0] else row for row in batches[1]]
+    counts = [sum(len(row.ids) - row.n_prompt for row in batch if row.kind == "harmful") for batch in batches]
+    trainer.coupler.config = HarcConfig(layers="L4,L5", coupling_weight=0, response_weight=0, kl_weight=0)
+    first, second = (gradients(trainer, [batch]) for batch in batches)  # each is a mean over its labels
+    mean = {name: (counts[0] * first[name] + counts[1] * second[name]) / sum(counts) for name in first}
+    assert counts[0] > counts[1]
+    assert_equal(gradients(trainer, batches), mean)
+
+
+def test_a_micro_batch_of_benign_rows_alone_has_finite_gradients(tmp_path: Path) -> None:
+    trainer = adapted(tmp_path)
+    found = gradients(trainer, [[row for row in trainer._rows if row.kind != "harmful"][:3]])
+    assert all(value.isfinite().all() and value.any() for value in found.values())
+
+
+def test_the_coupling_moves_in_a_tiny_instruct_model_and_general_text_does_not(tmp_path: Path) -> None:
+    model = tiny.chat_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    answers = [row._replace(kind="harmful") for rows in tiny.rows(HarcConfig())[1].values() for row in rows]  # labeled
+    batch = {key: value for key, value in tiny.collator()(answers).items() if not key.startswith("harc_")}
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+
+    text = torch.tensor([row["input_ids"] for row in tiny.encoded() if row["kind"] == "harmless"][:1])
+    with torch.no_grad():
+        before = model(text).logits.log_softmax(-1)
+    trainer = tiny.trainer_of(tmp_path, tiny.with_lora(model), {"margin": 0.8}, max_steps=60, learning_rate=1e-2)
+    trainer.train()
+    first, last = lines(trainer)[0], lines(trainer)[-1]
+    for place in ("prompt", "response"):
+        assert first[f"harc_cos_harmful_{place}"] < 0.6 < 0.8 < last[f"harc_cos_harmful_{place}"]
+        assert last[f"harc_cos_benign_{place}"] < 0
+    with torch.no_grad():
+        after = trainer.model.eval()(text).logits.log_softmax(-1)
+    assert float((before.exp() * (before - after)).sum(-1).mean()) < 0.05
+
+
+def test_a_fused_loss_is_refused(tmp_path: Path) -> None:
+    trainer = tiny.trainer_of(tmp_path)
+    trainer.coupler._logits.install = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="the model returned no logits"):
+        gradients(trainer, mixture(trainer))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": tiny.chat_model()}, "model: it has no LoRA adapter"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4 is no multiple of 6"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: True does not work with HARC"),
+        ({"harc": {"layers": "L4,L99"}}, "harc_layers: L99 does not exist; the model ends with L9"),
+        ({"harc": {"layers": "L0"}}, "harc_layers: L0 is the embeddings"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny.trainer_of(tmp_path, **values)
+
+
+def test_fused_and_packed_trainers_are_refused_by_name(tmp_path: Path) -> None:
+    trainer = tiny.trainer_of(tmp_path)
+    for key in ("use_liger_kernel", "packing", "padding_free", "fsdp"):
+        trainer.args = SimpleNamespace(**vars(tiny.trainer_of(tmp_path).args) | {key: True})
+        with pytest.raises(ValueError, match=f"{key}: True does not work with HARC"):
+            trainer._check()
+
+
+def test_trl_trains_as_the_plain_trainer(tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from llamafactory_harc.trl import HarcSFTTrainer
+
+    settings = {"per_device_train_batch_size": 6, "max_steps": 2, "logging_steps": 1, "learning_rate": 3e-3}
+    args = trl.SFTConfig(str(tmp_path), **settings, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
+    data, model = datasets.Dataset.from_list(tiny.encoded()), tiny.with_lora(tiny.chat_model())
+    trainer = HarcSFTTrainer(model, args, harc=HarcConfig(), train_dataset=data, processing_class=tiny.tokenizer())
+    plain = tiny.trainer_of(tmp_path, max_steps=2)
+    trainer.train()
+    plain.train()
+    for ours, theirs in zip(lines(trainer), lines(plain), strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=1e-3)
