@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import llamafactory_hera
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from llamafactory_hera.rivals import jarvis
+from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.training.collator import HeraCollator
 
 _OURS = str(Path(llamafactory_hera.__file__).parent)
@@ -22,7 +23,7 @@ _READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_di
 _BY_INDEX = ("index", "index_put", "index_put_")
 _COPIES = (Tensor.tolist, Tensor.cpu, Tensor.numpy)
 # The tensors of these functions are on the CPU even in a run on a GPU.
-_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, jarvis.draw_blocks)}
+_ON_CPU = {f.__code__ for f in (HeraCollator.__call__, FeatureCache.put, jarvis.draw_blocks)}
 _DRAWS = jarvis.Jarvis.prepare.__code__
 
 
