@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llamafactory_hera.distributed import rank, world_size
+from llamafactory_hera.distributed import rank, sum_over_ranks, world_size
 from llamafactory_hera.files import read_json, reading, write_json, write_safetensors
 from llamafactory_hera.heads.capture import LayerCapture
 from llamafactory_hera.heads.families import head_layout, model_config
@@ -86,9 +86,9 @@ class Coupler:
         capture.pool(reading_mask(inputs, self.config.window))
         return harmful, tokens, logits[tokens[rows]]
 
-    def _forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, mask: Tensor, keep: int = 0) -> Tensor:
         with torch.no_grad(), evaluating(self._model, next(self._model.parameters()).device):
-            return self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
 
     def loss(self, prepared: Prepared) -> Tensor:
         """Computes the weighted term of the latest forward pass; every process must call it."""
@@ -160,11 +160,9 @@ class Coupler:
             part = rows[start + rank() * _BATCH :][:_BATCH]
             batch = {name: value.to(device) for name, value in self._collate([*(part or rows[:1])]).items()}
             capture.pool(reading_mask(batch, self.config.window))
-            self._forward(batch["input_ids"], batch["attention_mask"])
+            self._forward(batch["input_ids"], batch["attention_mask"], keep=1)
             total = total + capture.representations().float().unflatten(1, (-1, 3)).sum(dim=1) * bool(part)
-        if world_size() > 1:
-            torch.distributed.all_reduce(total)
-        return total.transpose(0, 1) / len(rows)
+        return sum_over_ranks(total)[0].transpose(0, 1) / len(rows)
 
     def save_directions(self) -> None:
         """Writes the base model's directions, and what is known about them, into the folder ``harc`` of the run."""

@@ -81,7 +81,9 @@ def _read_row(row: Mapping[str, Any], kind: str, tail: Sequence[int], length: in
     ids, labels = list(row["input_ids"]), row.get("labels")
     answer = row.get("completion_mask") if labels is None else [label != IGNORE_INDEX for label in labels]
     start = next((place for place, answered in enumerate(answer or ()) if answered), None)
-    if answer is None or start is None:
+    if answer is None:
+        raise ValueError("has neither labels nor TRL's completion_mask; write columns prompt and completion.")
+    if start is None:
         raise ValueError("has no response; every row needs a prompt and a response.")
     if not all(answer[start:]):
         raise ValueError("has several turns; split it, because HARC reads one prompt and one response.")

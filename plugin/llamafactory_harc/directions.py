@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llamafactory_hera.files import reading, write_json, write_safetensors
-from llamafactory_hera.plots import GRAY, new_figure, plain, save_figure
+from llamafactory_hera.plots import GRAY, new_figure, plain, save_figure, series_colors
 
 #: The folder of HARC's files, inside a run's output folder and inside each checkpoint, and that of the directions.
 FOLDER, DIRECTIONS = "harc", "directions.safetensors"
@@ -71,8 +71,9 @@ def save(folder: Path, directions: Tensor, layers: Sequence[int], provenance: di
     write_json(folder / "harc.json", {"layers": [*layers], "by_layer_from_1": table, "provenance": provenance})
     figure = new_figure(6.4, 3.2)
     axes = figure.subplots()
+    colors = series_colors([*pairs])
     for name, values in pairs.items():
-        axes.plot(range(1, len(values) + 1), values, label=name)
+        axes.plot(range(1, len(values) + 1), values, label=name, color=colors[name])
     for layer in layers:
         axes.axvline(layer, color=GRAY, alpha=0.3, linewidth=4, zorder=0)
     axes.set(xlabel="layer, the input of the block (gray: chosen)", ylabel="cosine", ylim=(-1.05, 1.05))

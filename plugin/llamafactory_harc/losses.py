@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llamafactory_hera.distributed import world_size
+from llamafactory_hera.distributed import sum_over_ranks, world_size
 
 
 def cosines(rows: Tensor, directions: Tensor) -> Tensor:
@@ -22,7 +22,5 @@ def kl_to_base(adapted: Tensor, base: Tensor) -> Tensor:
     """Averages KL(base || adapted) over tokens ``[N, V]``, those of all processes; 0 if there are none."""
     inputs, targets = (logits.float().log_softmax(-1) for logits in (adapted, base))
     total = functional.kl_div(inputs, targets, reduction="sum", log_target=True)
-    count = torch.tensor(float(len(base)), device=total.device)
-    if world_size() > 1:
-        torch.distributed.all_reduce(count)
+    (count,) = sum_over_ranks(torch.tensor(len(base), device=total.device))
     return total * world_size() / count.clamp(min=1)  # an engine averages gradients over processes

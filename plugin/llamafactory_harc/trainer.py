@@ -22,7 +22,6 @@ _REFUSED = {
     "use_liger_kernel": "fused losses compute no logits, which the KL term compares",
     **dict.fromkeys(("packing", "padding_free"), "the samples in a row have no single prompt and response"),
     "auto_find_batch_size": "batches have a fixed mixture",
-    "fsdp": "the pass without the adapter was tested with DDP and DeepSpeed only",
 }
 
 
@@ -54,6 +53,8 @@ class HarcTrainerMixin(MethodTrainerMixin):
         for key, why in _REFUSED.items():
             if value := getattr(self.args, key, None):
                 raise ValueError(f"{key}: {value} does not work with HARC, because {why}; remove it.")
+        if self.is_fsdp_enabled:
+            raise ValueError("fsdp: HARC's pass without the adapter was tested with DDP and DeepSpeed only; use one.")
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.is_prompt_learning:
             raise ValueError("model: it has no LoRA adapter, and HARC compares it with itself without one; add one.")
         if self.args.n_gpu > 1:

@@ -160,7 +160,8 @@ def _spoiled(**changes: Any) -> list[dict[str, Any]]:
         ([row for row in tiny.encoded() if row["kind"] != "harmless"], "10 harmful, 0 harmless"),
         ([row for row in tiny.encoded() if row["kind"] != "compliant"], "1 compliant one"),
         (_spoiled(kind="bad"), "harc_column: row 0 has kind: 'bad'"),
-        (_spoiled(labels=None), r"row 0 \(harmful\) has no response"),
+        (_spoiled(labels=None), r"row 0 \(harmful\) has neither labels nor TRL's completion_mask"),
+        (_spoiled(labels=[-100] * 4), r"row 0 \(harmful\) has no response"),
         (_spoiled(labels=[-100, 1, -100, 1]), "has several turns"),
         (_spoiled(input_ids=[1, 2, 3, 4], labels=[-100, -100, 3, 4]), "not end with the template's tail"),
         (

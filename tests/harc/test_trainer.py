@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from peft import PeftModel
 from torch import Tensor
 
@@ -140,12 +141,28 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path, values: dict[str, 
         tiny.trainer_of(tmp_path, **values)
 
 
-def test_fused_and_packed_trainers_are_refused_by_name(tmp_path: Path) -> None:
+def test_fused_packed_and_sharded_trainers_are_refused_by_name(tmp_path: Path) -> None:
     trainer = tiny.trainer_of(tmp_path)
-    for key in ("use_liger_kernel", "packing", "padding_free", "fsdp"):
+    for key in ("use_liger_kernel", "packing", "padding_free"):
         trainer.args = SimpleNamespace(**vars(tiny.trainer_of(tmp_path).args) | {key: True})
         with pytest.raises(ValueError, match=f"{key}: True does not work with HARC"):
             trainer._check()
+    trainer.args, trainer.is_fsdp_enabled = tiny.trainer_of(tmp_path).args, True
+    with pytest.raises(ValueError, match="fsdp: HARC's pass without the adapter"):
+        trainer._check()
+
+
+def test_with_qlora_the_base_is_the_quantized_model(tmp_path: Path) -> None:
+    tiny.chat_model().save_pretrained(tmp_path / "model")
+    settings = tf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = tf.LlamaForCausalLM.from_pretrained(tmp_path / "model", quantization_config=settings, dtype=torch.float32)
+    trainer = tiny.trainer_of(tmp_path / "run", tiny.with_lora(model), max_steps=2)
+    trainer.train()
+    first, second = lines(trainer)
+    assert first["harc_kl"] == pytest.approx(0, abs=1e-6)  # the adapter has no effect yet
+    assert second["harc_kl"] > 1e-6
 
 
 def test_trl_trains_as_the_plain_trainer(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_the_core_runs_nothing_when_python_starts(wheels: tuple[Path, Path], tmp
     python, site = _environment(tmp_path / "venv")
     _install(python, wheels[0])
     assert {path.name for path in site.iterdir()} == {
+        "llamafactory_harc",
         "llamafactory_hera",
         f"llamafactory_hera-{__version__}.dist-info",
     }
@@ -92,7 +93,7 @@ def test_installing_both_registers_the_stage_and_doctor_finds_no_problem(python:
         "llamafactory_hera.cli.main(['doctor'])"
     )
     printed = _run(python, "-c", code)
-    assert re.search(rf"^True {python.parents[1]}", printed, re.MULTILINE)
+    assert re.search(rf"^hera {python.parents[1]}", printed, re.MULTILINE)
     for name in ("llamafactory-hera", "llamafactory-hera-patches"):
         assert re.search(rf"^ok  {name} +{__version__}\b", printed, re.MULTILINE)
     assert "No problem found." in printed

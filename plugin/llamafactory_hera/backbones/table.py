@@ -51,7 +51,7 @@ def recipes_folder() -> Path:
 def shipped_recipes() -> dict[str, str]:
     """Maps the name of each recipe to its title, which is the first comment line of the file."""
     folder = recipes_folder()
-    files = sorted((*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")))
+    files = sorted(file for place in (".", "ablations", "harc") for file in (folder / place).glob("*.yaml"))
     titles = (file.read_text("utf-8").partition("\n")[0].lstrip("# ") for file in files)
     return dict(zip((file.relative_to(folder).with_suffix("").as_posix() for file in files), titles, strict=True))
 
@@ -63,7 +63,7 @@ def copy_recipes(folder: str | Path) -> Path:
         raise ValueError(f"--copy-to: {target} exists; give another folder.")
 
     def ignored(parent: str, names: list[str]) -> list[str]:
-        kept = ("ablations", "data", "deepspeed", "ms_swift", "transformers", "trl")
+        kept = ("ablations", "data", "deepspeed", "harc", "ms_swift", "transformers", "trl")
         return [name for name in names if Path(parent, name).is_dir() and name not in kept]
 
     return shutil.copytree(recipes_folder(), target, ignore=ignored, copy_function=shutil.copyfile)
