@@ -153,7 +153,7 @@ def test_fused_packed_and_sharded_trainers_are_refused_by_name(tmp_path: Path) -
 
 
 def test_with_qlora_the_base_is_the_quantized_model(tmp_path: Path) -> None:
-    tiny.chat_model().save_pretrained(tmp_path / "model")
+    tiny.chat_model(width=64).save_pretrained(tmp_path / "model")
     settings = tf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )

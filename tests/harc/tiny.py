@@ -49,10 +49,10 @@ def encoded() -> list[dict[str, Any]]:
     return rows
 
 
-def chat_model() -> tf.LlamaForCausalLM:
+def chat_model(width: int = 32) -> tf.LlamaForCausalLM:
     """Makes a model of nine blocks with the same random weights at every call."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
+    shape = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": BLOCKS, "num_attention_heads": 4}
     ids = {name: getattr(tokenizer(), name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     config = tf.LlamaConfig(vocab_size=len(tokenizer()), num_key_value_heads=2, **shape, **ids)
     model = tf.LlamaForCausalLM(config)

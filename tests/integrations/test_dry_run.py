@@ -20,7 +20,7 @@ CASES = {
     "hera_memory=0 neat_packing=true": "ok  batch     16 packed rows at once, neighbors: 7 of 15 candidates (",
     "dataset=hera_demo_text": "problem: dataset: hera_demo_text has no images",
     "hera_wieght=1": "problem: hera_wieght: no such key; did you mean hera_weight?",
-    "stage=sft": "problem: stage: sft trains without HeRA; set stage: hera.",
+    "stage=sft": "problem: stage: sft trains without HeRA; doctor checks only stage: hera.",
     "hera_memory=0 per_device_train_batch_size=1": "problem: per_device_train_batch_size: 1 gives a global batch of 1",
     "model_name_or_path=hera_demo/language_model": "problem: model_name_or_path: hera_demo/language_model is a text",
     "model_name_or_path=nowhere/vlm": "problem: model_name_or_path: nowhere/vlm is not a folder and cannot be fetched",

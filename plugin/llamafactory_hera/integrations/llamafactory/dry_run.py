@@ -83,7 +83,7 @@ class _Recipe:
         with warnings.catch_warnings(record=True) as caught:
             text = f"{len(self.hera)} hera_* keys, objective {self.config.objective}"
         if self.get("stage") != "hera":
-            raise ValueError(f"stage: {self.get('stage')} trains without HeRA; this command checks stage: hera only.")
+            raise ValueError(f"stage: {self.get('stage')} trains without HeRA; doctor checks only stage: hera.")
         return "; ".join([text, *(str(each.message) for each in caught)])
 
     def batch(self) -> str:
