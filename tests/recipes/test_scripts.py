@@ -32,7 +32,8 @@ def run(server: HostServer, world: Path, output: str, *options: str, ranks: int 
 def test_two_processes_do_what_one_does(server: HostServer, world: Path) -> None:
     one, two = run(server, world, "one"), run(server, world, "two", "--batch", "8", ranks=2)
     assert two["heads"] == one["heads"]
-    assert [two[name] for name in LOGGED] == pytest.approx([one[name] for name in LOGGED], abs=1e-5)
+    for name in LOGGED:  # rounding decides between two neighbors that are equally near, so MKNN may differ by one
+        assert two[name] == pytest.approx(one[name], abs=1e-3 if name == "hera_mknn" else 1e-5), name
     assert "## Alignment with a vision encoder" in (world / "one/README.md").read_text()
 
 
