@@ -1,6 +1,7 @@
 """Picklable functions that the tests run on every rank."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -28,6 +29,12 @@ TAU = "log_temperature"
 #: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP needs every
 #: parameter in the graph.
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
+#: The type of the parameters, and that of the products, by precision.
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.float32, torch.bfloat16),
+}
 
 
 class GivenRoss(Ross):
@@ -71,10 +78,17 @@ def aligner_of(model: nn.Module, objective: str = "contrastive", targets: str = 
     return Aligner(model, config, image_processor=student_processor())
 
 
-def loss_of(aligner: Aligner, forward: Callable[..., object], batch: Batch, weights: tuple[float, float]) -> Tensor:
+def loss_of(
+    aligner: Aligner, forward: Callable[..., Any], batch: Batch, weights: tuple[float, float], precision: str = "fp32"
+) -> Tensor:
     """Returns the weighted sum of both losses of a micro-batch; ``forward`` runs the model."""
     micro_batch = aligner.prepare({**batch.inputs, **batch.teacher})
-    lm_loss = forward(**batch.inputs).loss
+    parameters, products = PRECISIONS[precision]
+    inputs = {
+        name: value.to(parameters) if value.is_floating_point() else value for name, value in batch.inputs.items()
+    }
+    with torch.autocast("cpu", products, enabled=parameters != products):
+        lm_loss = forward(**inputs).loss
     return weights[0] * lm_loss + weights[1] * aligner.loss(micro_batch)
 
 
@@ -114,13 +128,13 @@ def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
 
 
 def reference(
-    model: nn.Module, batch: Batch, objective: str = "contrastive", targets: str = HEADS
+    model: nn.Module, batch: Batch, objective: str = "contrastive", targets: str = HEADS, precision: str = "fp32"
 ) -> dict[str, dict[str, Tensor]]:
     """Returns gradients by loss and parameter name, on one process with the global batch."""
     aligner = aligner_of(model, objective, targets)
     found = {}
     for name, weights in LOSSES.items():
-        loss_of(aligner, model, batch, weights).backward()
+        loss_of(aligner, model, batch, weights, precision).backward()
         aligner.after_backward()
         found[name] = {
             key: p.new_zeros(p.shape) if p.grad is None else p.grad.clone()
@@ -141,12 +155,13 @@ def gradients(
     n_micro: int = 1,
     objective: str = "contrastive",
     targets: str = HEADS,
+    precision: str = "fp32",
 ) -> Gradients:
     """Returns unsharded gradients through an engine; other ranks than the first return only the objective's.
 
     With several micro-batches per rank, gradients accumulate under gradient caching.
     """
-    model = build(tuning, checkpointing)
+    model = build(tuning, checkpointing, dtype=PRECISIONS[precision][0])
     aligner = aligner_of(model, objective, targets)
     engine = ENGINES[engine_name](model, n_micro)
     found: Gradients = {}
@@ -156,7 +171,7 @@ def gradients(
         found[case] = {}
         for name, weights in LOSSES.items():
             if n_micro == 1:
-                losses = iter([loss_of(aligner, engine.forward, mine[0], weights)])
+                losses = iter([loss_of(aligner, engine.forward, mine[0], weights, precision)])
             else:
                 losses = cached_losses(aligner, engine.forward, mine, weights)
             for loss in losses:

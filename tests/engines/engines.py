@@ -102,6 +102,7 @@ class ZeRO(Engine):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": n_micro,
             "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": trainable[0].dtype == torch.bfloat16},
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 "stage": self.stage,

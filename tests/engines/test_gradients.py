@@ -7,8 +7,8 @@ use the engines' own APIs, because accelerate falls back from FSDP to DDP on a C
 import pytest
 
 from .cells import TAU, gradients
-from .compare import BOUND, expected_gradients, relative_error
-from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, RANKS, TUNINGS
+from .compare import BOUND, HALF_BOUND, HALF_ZERO, expected_gradients, relative_error
+from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, HEADS, RANKS, TUNINGS
 from .workers import WorkerPair
 
 pytestmark = pytest.mark.slow
@@ -30,6 +30,19 @@ def test_gradients_equal_those_of_one_process(
             for loss in expected:
                 here, first = float(found[rank][data][loss][TAU]), float(found[0][data][loss][TAU])
                 assert here == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name != "DDP, static"])
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_half_precision_only_rounds(workers: WorkerPair, engine: str, tuning: str, precision: str) -> None:
+    if (engine, tuning, precision) == ("FSDP1", "lora", "bf16"):
+        pytest.skip("FSDP1 cannot show gradients in bf16 of a layer with frozen parameters")
+    expected = expected_gradients(tuning, "images", precision=precision)
+    for checkpointing in CHECKPOINTING:
+        found = workers.run(gradients, engine, tuning, checkpointing, ("images",), 1, "contrastive", HEADS, precision)
+        for loss, values in expected.items():
+            assert relative_error(found[0]["images"][loss], values, HALF_ZERO) <= HALF_BOUND, (checkpointing, loss)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

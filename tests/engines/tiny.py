@@ -117,7 +117,7 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
     return model
 
 
-def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
+def build(tuning: str, checkpointing: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Prepares a model as the host does, with the same weights on every rank; ``dropout`` is the adapter's."""
     model = _quantized_model() if tuning == "qlora" else _new_model()
     model.config.use_cache = False
@@ -138,7 +138,7 @@ def build(tuning: str, checkpointing: str, dropout: float = 0.0) -> nn.Module:
             layer.requires_grad_(True)
     else:
         model.model.multi_modal_projector.requires_grad_(True)
-    return model.train()
+    return model.train() if tuning == "qlora" else model.train().to(dtype)
 
 
 @dataclass(frozen=True)
