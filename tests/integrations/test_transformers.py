@@ -398,13 +398,16 @@ def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
     assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
 
 
-def test_deepspeeds_loss_scale_is_removed_from_the_objectives_gradients(tmp_path: Path) -> None:
-    # Uses only DeepSpeed's loss scaler, because its engine refuses fp16 on most CPUs.
-    module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
-    scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # it grows after each step
+@pytest.mark.parametrize("library", ["DeepSpeed", "torch"])
+def test_the_loss_scale_is_removed_from_the_objectives_gradients(tmp_path: Path, library: str) -> None:
+    # Uses only the loss scaler, because DeepSpeed's engine and the Trainer refuse fp16 on most CPUs.
+    scaler: Any = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=1)
+    if library == "DeepSpeed":
+        module = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+        scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # it grows after each step
 
     def temperatures(scaled: bool) -> list[float]:
-        trainer = trainer_of(tmp_path / str(scaled), hera={"objective_lr": 0.1})
+        trainer = trainer_of(tmp_path / str(scaled), hera={"objective_lr": 0.1}, max_grad_norm=0)
 
         def backward(loss: Tensor, **_: object) -> None:
             scaler.backward(loss)
@@ -412,7 +415,9 @@ def test_deepspeeds_loss_scale_is_removed_from_the_objectives_gradients(tmp_path
                 parameter.grad /= scaler.loss_scale
             scaler.update_scale(overflow=False)
 
-        if scaled:
+        if scaled and library == "torch":  # accelerate's optimizer divides the gradients of the model
+            trainer.accelerator.scaler = scaler
+        elif scaled:
             engine = SimpleNamespace(optimizer=scaler)
             vars(trainer.accelerator).update(
                 backward=backward, deepspeed_engine_wrapped=SimpleNamespace(engine=engine), free_memory=lambda *_: None

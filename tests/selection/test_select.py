@@ -151,7 +151,11 @@ def _select_on_a_rank(rank: int) -> tuple:
     fingerprint, run = choice.model_fingerprint, Forward.run
     choice.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
-    heads = select_targets(text_inputs(folder), settings(select_samples=40), folder / "two/heads.json")
+    heads = select_targets(
+        text_inputs(folder),
+        settings(select_samples=int(os.environ["SELECTION_TEST_SAMPLES"])),
+        folder / "two/heads.json",
+    )
     n_samples = sum(ran)
     # a single batch, so that a process has none
     few = select_targets(text_inputs(folder), settings(select_samples=8), folder / "few/heads.json")
@@ -159,17 +163,19 @@ def _select_on_a_rank(rank: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work_and_select_like_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("samples", "shares"), [(40, (24, 16)), (37, (13, 8, 8, 8))])
+def test_several_processes_share_the_work_and_select_like_one(tmp_path, monkeypatch, samples, shares):
     inputs = text_inputs(tmp_path)
-    one = select_targets(inputs, settings(), tmp_path / "one/heads.json")
+    one = select_targets(inputs, settings(select_samples=samples), tmp_path / "one/heads.json")
     few = select_targets(inputs, settings(select_samples=8), tmp_path / "one/few.json")
     monkeypatch.setenv("SELECTION_TEST_FOLDER", str(tmp_path))
+    monkeypatch.setenv("SELECTION_TEST_SAMPLES", str(samples))
     (tmp_path / "ranks").mkdir()
-    first, second = (tuple(result) for result in run_ranks(_select_on_a_rank, 2, tmp_path / "ranks"))
+    results = run_ranks(_select_on_a_rank, len(shares), tmp_path / "ranks")
     expected = (str(one), one.provenance["scores"], one.provenance["layer_scores"], str(few))
-    assert first[:4] == second[:4] == expected
-    assert (first[4], second[4]) == (2, 0)  # only the first process reads the weights for the fingerprint
-    assert (first[5], second[5]) == (24, 16)
+    assert [tuple(result[:4]) for result in results] == [expected] * len(shares)
+    assert [result[4] for result in results] == [2, 0, 0, 0][: len(shares)]  # only the first reads the weights
+    assert sorted(result[5] for result in results) == sorted(shares)
 
 
 def test_teacher_only_fills_the_cache_for_the_complete_dataset(tmp_path):
