@@ -13,7 +13,10 @@ def cosines(rows: Tensor, directions: Tensor) -> Tensor:
 
 
 def coupling(refusal: Tensor, harm: Tensor, harmful: Tensor, margin: float) -> Tensor:
-    """Averages hinges, which push both cosines ``[S, B]`` of a harmful row above the margin, of others below 0."""
+    """Averages hinge losses of the cosines ``[S, B]``.
+
+    They push both cosines of a harmful row above the margin, and those of other rows below 0.
+    """
     pair = torch.stack([refusal, harm])
     return torch.where(harmful, (margin - pair).relu(), pair.relu()).sum(0).mean()
 

@@ -49,15 +49,15 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
 
 
 @pytest.mark.parametrize("index, selected", [(1, 1), (-1, 2)])
-def test_image_index_selects_an_image_and_the_batch_has_its_index_and_count(
+def test_image_index_selects_an_image_whose_index_and_number_of_images_the_batch_holds(
     teacher: VisionTeacher, images: list[str], index: int, selected: int
 ) -> None:
     def rows() -> list[dict[str, Any]]:
         return [{"images": images}, {}, {"images": images[:1]}]
 
-    named = HeraCollator(_collate, None, image_index=index)(rows())
-    assert named["hera_image"].tolist() == [[selected, 3], [0, 0], [0, 1]]
-    assert "hera_pixels" not in named
+    without_teacher = HeraCollator(_collate, None, image_index=index)(rows())
+    assert without_teacher["hera_image"].tolist() == [[selected, 3], [0, 0], [0, 1]]
+    assert "hera_pixels" not in without_teacher
     batch = HeraCollator(_collate, teacher.processor, image_index=index)(rows())
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[selected])])[0])
 

@@ -46,13 +46,14 @@ def _lengths(vectors: Tensor) -> Tensor:
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
-    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # since PyTorch 2.9; both APIs must not be mixed
-    backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if new else []  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends] if new else torch.get_float32_matmul_precision()
+    # PyTorch 2.9 replaced one setting by a setting for each backend; a program must not mix both
+    by_backend = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if by_backend else []  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends] if by_backend else torch.get_float32_matmul_precision()
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        if not new:
+        if not by_backend:
             torch.set_float32_matmul_precision("highest")
         with torch.autocast(device_type, enabled=False):
             yield
@@ -162,7 +163,7 @@ class Candidates:
     allowed: Tensor  #: Boolean ``[n, M]``, the candidates, with which each sample is compared.
     neighbors: Tensor  #: ``[n, k]``, the nearest candidates in the teacher's space; -1 beyond half of the candidates.
     first: int  #: The index of the first of the n samples among the M.
-    #: The number of pairs of a sample with a later sample of the batch that shows the same image, a scalar.
+    #: A scalar: how many pairs of one of the n samples and a later sample of the batch show the same image.
     duplicates: Tensor
 
     @property
@@ -206,14 +207,14 @@ def teacher_candidates(
         rows: The n samples of the batch whose candidates are found; by default all.
     """
     index = torch.arange(len(teacher), device=teacher.device)
-    first, own = rows.indices(len(valid))[0], index[: len(valid)][rows, None]
+    first, queries = rows.indices(len(valid))[0], index[: len(valid)][rows, None]
     usable = valid if filled is None else torch.cat([valid, filled])
     same_image = similarity(teacher[: len(valid)][rows], teacher) > SAME_IMAGE
     if image_ids is not None:
         ids = image_ids[: len(valid)][rows, None]
         same_image |= (ids == image_ids).all(dim=-1) & ids.any(dim=-1)
-    pairs = valid[rows, None] & usable & (index != own)
+    pairs = valid[rows, None] & usable & (index != queries)
     allowed = pairs & ~same_image
-    duplicates = (pairs & same_image & (index > own))[:, : len(valid)].sum()
+    duplicates = (pairs & same_image & (index > queries))[:, : len(valid)].sum()
     neighbors = nearest_neighbors(teacher, k, normalize, allowed, first)
     return Candidates(allowed, neighbors, first, duplicates)

@@ -44,7 +44,7 @@ def describe(
         "heads": [
             {"head": str(head), "isal": saliency[head].item(), "caf": influence[head].item()}
             | {"anchors": [anchor._asdict() | {"head": str(anchor.head)} for anchor in plan.anchors[head]]}
-            | _fate(trials.get(head), "not tried" if plan.anchors[head] else "no anchor")
+            | _outcome_of(trials.get(head), "not tried" if plan.anchors[head] else "no anchor")
             for head in plan.heads
         ],
         "settings": config.keys(),
@@ -54,10 +54,11 @@ def describe(
     }
 
 
-def _fate(trial: Trial | None, otherwise: str) -> dict[str, Any]:
+def _outcome_of(trial: Trial | None, state_without: str) -> dict[str, Any]:
+    """Returns the outcome of a head's update; a head without one has the state ``state_without``."""
     steps = trial.tried if trial else ()
-    fate = {"state": trial.state if trial else otherwise, "alpha": trial.alpha if trial else 0.0}
-    return fate | {"kl": steps[-1][1] if steps else None, "tried": [{"alpha": a, "kl": kl} for a, kl in steps]}
+    outcome = {"state": trial.state if trial else state_without, "alpha": trial.alpha if trial else 0.0}
+    return outcome | {"kl": steps[-1][1] if steps else None, "tried": [{"alpha": a, "kl": kl} for a, kl in steps]}
 
 
 def _rows(values: Tensor) -> list[list[float]]:
