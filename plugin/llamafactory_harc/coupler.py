@@ -120,7 +120,7 @@ class Coupler:
         self._n_steps += 1
 
     def _updated(self, device: torch.device) -> LayerCapture:
-        """Extracts the directions and chooses layers where that is due, at the same step on every process."""
+        """Extracts the directions and chooses layers when they are due, at the same step on every process."""
         config, step, start = self.config, self._n_steps, time.monotonic()
         if step == self._up_to_date and self._capture is not None:
             return self._capture

@@ -60,7 +60,7 @@ def read_rows(dataset: Iterable[Mapping[str, Any]], tail: Sequence[int], config:
     rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     for number, row in enumerate(dataset):
         if (kind := row.get(config.column)) not in KINDS:
-            raise ValueError(f"harc_column: row {number} has {config.column}: {kind!r}; write {', '.join(KINDS)}.")
+            raise ValueError(f"harc_column: row {number} has {config.column}: {kind!r}; use {', '.join(KINDS)}.")
         try:
             rows[kind].append(_read_row(row, kind, tail, config.length))
         except ValueError as error:

@@ -106,7 +106,7 @@ class KindSamples(Samples):
             if self._column in dataset.column_names:
                 kinds = list(dataset[self._column])
             if len(kinds) != len(dataset):
-                how = f"its name contains not one of {', '.join(KINDS)}; add the column, or rename it"
+                how = f"its name does not contain exactly one of {', '.join(KINDS)}; add the column, or rename it"
                 raise ValueError(f"harc_column: {name} has no column {self._column}, and {how}.")
             return align(dataset, attributes, *args).add_column(self._column, kinds)
 
