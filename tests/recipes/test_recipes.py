@@ -198,7 +198,8 @@ def test_the_list_has_every_recipe_with_its_title(values: dict, capsys: pytest.C
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     calibrated = {f"llava_1_5_{size}_calibrate" for size in ("7b", "13b")}
-    assert {line.split()[0] for line in lines} == set(values) | calibrated
+    harc = {f"harc/{name}_harc" for name in ("llama3_1_8b", "qwen2_5_7b")} | {"harc/llama3_1_8b_harc_qlora"}
+    assert {line.split()[0] for line in lines} == set(values) | calibrated | harc
     assert all(len(line.split()) > 4 for line in lines)
     main(["recipes", "qwen3_8b", "gemma"])
     assert len(capsys.readouterr().out.splitlines()) == 19
