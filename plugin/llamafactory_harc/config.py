@@ -44,7 +44,7 @@ class HarcConfig(KeyedConfig):
     coupling_weight: float = knob(1.0, "Weight of the coupling at the prompt.", at_least=0)
     response_weight: float = knob(1.0, "Weight of the coupling over the response.", at_least=0)
     kl_weight: float = knob(10.0, "Weight of the KL term, which keeps benign answers.", at_least=0)
-    refresh: int = knob(100, "Number of steps between extractions of the directions; 0 never repeats them.", at_least=0)
+    refresh: int = knob(100, "Number of steps between extractions of directions; 0 never repeats them.", at_least=0)
     refresh_share: float = knob(
         0.3, "Share of the new directions in their mixture with the directions of the base model.", at_most=1
     )
