@@ -1,7 +1,7 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-Run ``python -m benchmarks.record record FILE.json`` before and after the restructuring; each takes about ten minutes on
-two cores. Then ``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints all numbers that differ.
+Run ``python -m benchmarks.record record FILE.json`` before and after the restructuring, ten minutes each on two cores.
+Then ``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints all numbers that differ.
 """
 
 import argparse
