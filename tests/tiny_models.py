@@ -1,8 +1,8 @@
 """Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that contain them.
 
-``head_dim`` differs from ``hidden_size / heads`` if the architecture allows it. Two query heads share a key-value head.
-Norms and biases are random, because ones and zeros could hide a mistake. The file also makes a tiny teacher, and rows
-of a dataset with images.
+``head_dim`` differs from ``hidden_size / heads`` if the architecture allows it, and two query heads share a key-value
+head. Norms and biases are random, because ones and zeros could hide a mistake. The file also makes a tiny teacher, and
+rows of a dataset with images.
 """
 
 import atexit
