@@ -1,4 +1,4 @@
-"""Measures how a large teacher cache opens and is read: ``python benchmarks/cache.py [--images 1000000]``."""
+"""Measures opening and reading a large teacher cache: ``python benchmarks/cache.py [--images 1000000]``."""
 
 import argparse
 import multiprocessing
@@ -17,13 +17,13 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def keys_of(first: int, n: int) -> list[bytes]:
-    """Returns the random keys of n images, beginning with image number ``first``."""
+    """Returns the random keys of ``n`` images, beginning with image number ``first``."""
     drawn = np.random.default_rng(first // SHARD).bytes(16 * SHARD)
     return [drawn[16 * i : 16 * i + 16] for i in range(first % SHARD, first % SHARD + n)]
 
 
 def write(folder: str, dim: int, images: int) -> None:
-    """Writes full shards, because `put` flushes only those."""
+    """Writes only full shards, because `put` does not flush others."""
     cache = FeatureCache(folder, TEACHER, dim)
     for first in range(0, images, SHARD):
         cache.put(keys_of(first, SHARD), torch.ones(SHARD, dim))
@@ -41,9 +41,9 @@ def measure_opening(folder: str, dim: int) -> tuple[float, float, int]:
 def measure_reading(folder: str, dim: int, images: int, seconds: float, seed: int) -> float:
     """Returns the number of keys per second that are found in batches of random images."""
     cache, rng = FeatureCache(folder, TEACHER, dim), np.random.default_rng(seed)
-    held, count, start = [keys_of(first, SHARD) for first in range(0, images, SHARD)], 0, time.perf_counter()
+    keys, count, start = [keys_of(first, SHARD) for first in range(0, images, SHARD)], 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        batch = [held[i // SHARD][i % SHARD] for i in rng.integers(0, images, BATCH)]
+        batch = [keys[i // SHARD][i % SHARD] for i in rng.integers(0, images, BATCH)]
         count += sum(feature is not None for feature in cache.get(batch))
     return count / (time.perf_counter() - start)
 
@@ -60,12 +60,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write(folder, dim, images)
         with spawn.Pool(1) as pool:
-            seconds, mib, held = pool.apply(measure_opening, (folder, dim))
-        print(f"opening: {seconds:.2f} s, {mib:.0f} MiB, {held:,} images")
+            seconds, mib, n_images = pool.apply(measure_opening, (folder, dim))
+        print(f"opening: {seconds:.2f} s, {mib:.0f} MiB, {n_images:,} images")
         with spawn.Pool(options.readers) as pool:
             calls = [(folder, dim, images, options.seconds, seed) for seed in range(options.readers)]
             rates = pool.starmap(measure_reading, calls)
-        print(f"{options.readers} readers: {sum(rates):,.0f} keys per second, {min(rates):,.0f} the slowest")
+        print(f"{options.readers} readers: {sum(rates):,.0f} keys per second in total; slowest: {min(rates):,.0f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measures the scoring of all heads against the published procedure: ``python benchmarks/mknn.py [--threads 1]``.
+"""Compares the speed of ``score_heads`` with the published procedure: ``python benchmarks/mknn.py [--threads 1]``.
 
 Each variant runs in a new process, and the fastest of several rounds counts. The published procedure runs on a few
-heads; its time is scaled to all of them. Heads are aligned to different degrees, as real heads are.
+heads, and its time is scaled to all heads. Like real heads, the heads are aligned to different degrees.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VARIANTS = {
 
 
 def published(outputs: torch.Tensor, weight: torch.Tensor, teacher_mask: torch.Tensor) -> float:
-    """Scores one head literally by the paper's eq. 2, 3 and 7: all similarities, a full ranking, masks."""
+    """Scores one head exactly as in the paper's eq. 2, 3 and 7, with all similarities, a full ranking, and masks."""
     contributions = torch.nn.functional.normalize(outputs @ weight.T, dim=-1)
     similarities = contributions @ contributions.T
     similarities.fill_diagonal_(-torch.inf)

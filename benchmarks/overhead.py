@@ -1,14 +1,14 @@
-"""Measures training steps with HeRA against the same steps without it: seconds and peak memory.
+"""Compares training steps with and without HeRA: seconds, CPU seconds and peak memory.
 
     python recipes/demo
     python benchmarks/overhead.py recipes/demo/hera.yaml [key=value ...] [--rounds 24] [--accumulate 1] [--threads 1]
     python benchmarks/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
-    python benchmarks/overhead.py my_axolotl.yaml [key=value ...]    # with plugins: [….HeraPlugin]
+    python benchmarks/overhead.py my_axolotl.yaml [key=value ...]    # the file must list HeraPlugin in its plugins
 
 The host prepares the trainer of the recipe, which then takes three kinds of steps on the same batches in random order:
-SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. Seconds of a step, from collating
-to the optimizer, are medians over the rounds; CPU seconds are those of this process. Peak memory counts all tensors on
-a GPU, and the tensors that the step allocates on a CPU. The output is the last part of a Markdown table row.
+SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. The times include collating and
+the optimizer, and are medians over the rounds; CPU seconds are those of this process. On a GPU, peak memory counts all
+tensors; on a CPU, it counts the tensors that the step allocates. The output is the last part of a Markdown table row.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Finished(Exception): ...
 
 
 class Bench:
-    """Takes single steps of ``accumulate`` micro-batches with a trainer of the host that has taken its first step."""
+    """Takes single steps of ``accumulate`` micro-batches with a trainer that has already taken its first step."""
 
     def __init__(self, trainer: HeraTrainerMixin, accumulate: int) -> None:
         self.trainer, self.accumulate = trainer, accumulate
@@ -112,7 +112,7 @@ class Bench:
 
 
 def print_row(bench: Bench, rounds: int) -> None:
-    """Measures on all ranks, and prints on the first."""
+    """Measures on all ranks, and prints the row on the first rank."""
     trainer, seconds = bench.trainer, bench.seconds(rounds)
     values = {kind: (*seconds[kind], bench.peak_bytes(kind)) for kind in KINDS}
     sft = f"{1000 * values[SFT][0]:.0f} ms, {values[SFT][2] / 2**20:.1f} MiB"

@@ -1,7 +1,7 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-``python -m benchmarks.record record FILE.json`` takes about ten minutes on two cores; run it before and after, then
-``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints every number that differs and by how much.
+Run ``python -m benchmarks.record record FILE.json`` before and after the restructuring, ten minutes each on two cores.
+Then ``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints all numbers that differ.
 """
 
 import argparse

@@ -1,12 +1,12 @@
 """Measures the term of one micro-batch on one process of many: seconds, peak memory, and bytes sent.
 
     python benchmarks/scale.py 512 1024 2048 4096 --processes 4 --dim 1024   # real processes, connected by gloo
-    python benchmarks/scale.py 4096 16384 65536 --own 32                     # one process that plays one of N / 32
+    python benchmarks/scale.py 4096 16384 65536 --own 32                     # simulates one of N / 32 processes
 
-Random representations of five heads and random teacher features replace a model and a teacher. A process that plays
-its part receives random rows instead of those of the others, and its seconds do not contain the time to create them.
-Seconds are medians over the rounds. Memory counts the tensors that the term and its backward pass allocate. The output
-is a Markdown table.
+Random representations of five heads and random teacher features replace a model and a teacher. In a simulation, the
+process receives random rows instead of the rows of other processes; the time to create them is not counted. Seconds
+are medians over the rounds. Memory counts the tensors that the term and its backward pass allocate. The output is a
+Markdown table.
 """
 
 import argparse
@@ -30,10 +30,13 @@ HEADS, DIM_TEACHER, K = 5, 1024, 10
 
 
 class Traffic:
-    """Counts the bytes that this process sends in the collectives of the term, by the formulas of ring algorithms."""
+    """Computes the bytes that this process sends in the term's collectives, by the formulas of ring algorithms.
 
-    def __init__(self, plays: bool) -> None:
-        self.bytes, self.seconds, self.plays = 0.0, 0.0, plays
+    If ``simulated``, the collectives send nothing, and ``seconds`` is the time for creating the rows of others.
+    """
+
+    def __init__(self, simulated: bool) -> None:
+        self.bytes, self.seconds, self.simulated = 0.0, 0.0, simulated
         for name, share in (("all_gather_into_tensor", 1), ("reduce_scatter_tensor", 1), ("all_reduce", 2)):
             setattr(dist, name, self.counted(name, getattr(dist, name), share))
 
@@ -42,11 +45,11 @@ class Traffic:
             largest = max([tensor, *args], key=torch.numel)
             self.bytes += share * largest.nbytes * (1 - 1 / dist.get_world_size())
             started = time.perf_counter()
-            if not self.plays:
+            if not self.simulated:
                 collective(tensor, *args, **kwargs)
             elif name == "all_gather_into_tensor":
                 tensor.uniform_()
-            self.seconds += (time.perf_counter() - started) * self.plays
+            self.seconds += (time.perf_counter() - started) * self.simulated
 
         return call
 
@@ -64,14 +67,14 @@ def peak_bytes(step: Any) -> int:
 
 
 def measure(rank: int, n_processes: int, args: argparse.Namespace, results: Any, store: str) -> None:
-    """Measures all sizes on one process, and sends the rows of the table from the first."""
+    """Measures all sizes on one process; the first process sends the rows of the table."""
     torch.set_num_threads(1)
     if args.own:
         importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
         dist.init_process_group("fake", rank=rank, world_size=n_processes, store=dist.HashStore())
     else:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_processes)
-    traffic = Traffic(plays=bool(args.own))
+    traffic = Traffic(simulated=bool(args.own))
     options = Options(HeraConfig(heads="L0H0"), HEADS, args.dim, DIM_TEACHER)
     for n_samples in [args.own * n_processes] if args.own else args.samples:
         n_own = n_samples // n_processes
@@ -103,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=int, nargs="+", help="samples of the global batch")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--own", type=int, help="samples of the process, which then plays its part")
+    parser.add_argument("--own", type=int, help="simulate one process, which holds this number of samples")
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -34,13 +34,13 @@ def restored_logger() -> Iterator[None]:
 def isolated() -> Iterator[None]:
     """Seeds the random numbers of every test, and restores the environment after it."""
     torch.manual_seed(0)
-    with patch.dict(os.environ):  # the command sets the host's log level, which the fork server would keep
+    with patch.dict(os.environ):  # for example, llamafactory-hera sets the log level of the host
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
 def freeze_imports() -> None:
-    """Hides imported objects from the garbage collector: a ``Trainer`` runs it, and walking them takes 0.3 s."""
+    """Hides imported objects from the garbage collector, because each collection in a ``Trainer`` would take 0.3 s."""
     gc.collect()
     gc.freeze()
 

@@ -17,7 +17,7 @@ Projections = list[tuple[Tensor, Tensor | None]]
 
 @dataclass
 class Block:
-    """All tokens ``[B, T, ...]`` of one layer."""
+    """The values ``[B, T, ...]`` of all tokens in one layer."""
 
     entered: Tensor  # input of the output projection
     attended: Tensor  # output of the attention module
@@ -25,7 +25,7 @@ class Block:
 
 
 def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Pools one row at a time, by indexing."""
+    """Averages the marked tokens, one row at a time."""
     rows = []
     for row, keep in zip(hidden, mask.bool(), strict=True):
         rows.append(row[keep].mean(0) if keep.any() else row.new_zeros(row.shape[1:]))
@@ -33,13 +33,13 @@ def mean_over(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def mixer(layer: nn.Module) -> nn.Module:
-    """The module that mixes the tokens of a layer."""
+    """Returns the module that mixes the tokens of a layer."""
     names = ("self_attn", "linear_attn", "conv")
     return next(getattr(layer, name) for name in names if hasattr(layer, name))
 
 
 def projection(mixer: nn.Module) -> nn.Linear:
-    """The output projection of a mixer."""
+    """Returns the output projection of a mixer."""
     return mixer.o_proj if hasattr(mixer, "o_proj") else mixer.out_proj
 
 

@@ -24,7 +24,7 @@ class ContrastiveTerm(HeraTerm):
     def __init__(self, k: int, normalize: bool = True, memory: CrossBatchMemory | None = None) -> None:
         memory = CrossBatchMemory(0) if memory is None else memory
         objective = Contrastive(options())
-        del objective.log_temperature  # each call replaces this parameter with a tensor
+        del objective.log_temperature  # each call sets it to a tensor, which a parameter would not allow
         super().__init__(objective, k, normalize, memory)
 
     def __call__(

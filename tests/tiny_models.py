@@ -1,8 +1,8 @@
-"""Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that hold them.
+"""Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that contain them.
 
-``head_dim`` differs from ``hidden_size / heads`` wherever the architecture allows that, two query heads share a
-key-value head, and norms and biases are random, so that no mistake hides behind ones and zeros. Beside them a
-tiny teacher, and rows of a dataset with images.
+``head_dim`` differs from ``hidden_size / heads`` if the architecture allows it, and two query heads share a key-value
+head. Norms and biases are random, because ones and zeros could hide a mistake. The file also makes a tiny teacher, and
+rows of a dataset with images.
 """
 
 import atexit
@@ -40,13 +40,13 @@ DECODER: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _DECODER_WITH_HEAD_DIM = DECODER | {"head_dim": 16}
-# every expert sees every token, so that each gets a gradient
+# every expert sees every token, so each expert receives a gradient
 _EXPERTS: dict[str, Any] = _DECODER_WITH_HEAD_DIM | {"num_experts_per_tok": 2, "num_local_experts": 2}
 _ROUTED: dict[str, Any] = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1}
 _ROUTED |= {"topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 _LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
 _LATENT |= {"v_head_dim": 12, "num_key_value_heads": HEADS}
-# heads of another number and width than those of the attention
+# linear attention has other numbers and widths of heads than softmax attention
 _LINEAR: dict[str, Any] = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 8}
 _LINEAR |= {"linear_value_head_dim": 10, "linear_conv_kernel_dim": 2}
 _LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
@@ -64,7 +64,7 @@ _VISION: dict[str, Any] = {
 
 
 def _mrope(pairs: int) -> dict[str, Any]:
-    """Multimodal rotary positions; the sections (time, height, width) share the ``head_dim / 2`` frequencies."""
+    """Returns multimodal rotary parameters; time, height and width share the ``head_dim / 2`` frequencies."""
     return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [pairs - 4, 2, 2]}
 
 
@@ -73,7 +73,7 @@ _MOE_QWEN = {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size"
 
 
 def _of(name: str, **fixed: Any) -> Callable[..., tf.PretrainedConfig]:
-    """The tiny configuration of a text decoder, by its ``model_type``."""
+    """Returns a function that makes the tiny configuration of a text decoder with this ``model_type``."""
 
     def build(**kw: Any) -> tf.PretrainedConfig:
         known = name in CONFIG_MAPPING
@@ -84,16 +84,16 @@ def _of(name: str, **fixed: Any) -> Callable[..., tf.PretrainedConfig]:
 
 
 def _config(name: str) -> type[tf.PretrainedConfig]:
-    """The class of a configuration; skips the test if the installed transformers does not know it."""
+    """Returns the class of a configuration; skips the test if the installed transformers does not have it."""
     if name not in CONFIG_MAPPING:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
     return CONFIG_MAPPING[name]
 
 
-#: Families that need no more than the sizes.
+#: Families whose configuration needs only the sizes.
 _PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gemma", "glm4", "smollm3", "cohere2")
 _PLAIN += ("ministral", "ministral3", "olmo2")
-#: ``model_type`` -> configuration of a tiny text decoder. Qwen2-VL and Qwen2.5-VL derive head_dim from hidden_size.
+#: The configuration of a tiny text decoder by ``model_type``. Qwen2-VL and Qwen2.5-VL have no key for ``head_dim``.
 TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
     **{name: _of(name) for name in _PLAIN},
     "qwen2_vl_text": lambda **kw: tf.Qwen2VLTextConfig(**DECODER | {"rope_parameters": _mrope(6)} | kw),
@@ -197,7 +197,7 @@ _QWEN_TOKENS = {
 }
 
 
-#: VLMs with the vision tower and the inputs of Qwen2-VL -> their text decoder and more keys of the vision tower.
+#: VLMs with the vision tower and the inputs of Qwen2-VL: their text decoder, and additional keys of the vision tower.
 _QWEN_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": ("qwen2_vl_text", {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}),
     "qwen2_5_vl": ("qwen2_5_vl_text", {"fullatt_block_indexes": [1], "window_size": 16}),
@@ -307,14 +307,14 @@ def _llama4(**kw: Any) -> nn.Module:
     )
 
 
-#: Families that take the common LLaVA as it is.
+#: Families that work as the text decoder of an ordinary LLaVA.
 _IN_LLAVA = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "glm4", "granite", "smollm3", "cohere2")
 _IN_LLAVA += ("ministral", "ministral3", "mixtral", "qwen3_moe", "gpt_oss", "olmo2", "olmo3", "exaone4", "glm4_moe")
 _IN_LLAVA += ("mistral4", "deepseek_v3")
 
-#: Text decoders that transformers builds alone; the others need their VLM.
+#: Text decoders that transformers can build without their VLM.
 BARE = sorted(set(TEXT_CONFIGS) - {"ernie4_5_vl_moe_text", "paddleocr_vl_text"})
-#: Name -> a tiny VLM; keyword arguments go to the text configuration.
+#: The function that makes a tiny VLM, by name; keyword arguments go to the text configuration.
 VLMS: dict[str, Callable[..., nn.Module]] = {
     **{f"llava-{text}": partial(_llava, text) for text in _IN_LLAVA},
     "llava_next-mistral": _llava_next,
@@ -331,7 +331,7 @@ VLMS: dict[str, Callable[..., nn.Module]] = {
     "mistral3-ministral3": _mistral3,
     "molmo2": _molmo2,
 }
-#: Types of VLMs that only newer releases of transformers have.
+#: Types of VLMs that the installed transformers lacks, because only newer releases have them.
 UNKNOWN = {name for name in ("kimi_k25", "minicpmv4_6", "molmo2") if name not in CONFIG_MAPPING}
 
 
@@ -344,7 +344,7 @@ def _randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 def text_model(model_type: str, seed: int = 0, **config: Any) -> nn.Module:
-    """A causal LM of the family (the decoder alone where the family has none), in training mode."""
+    """Makes a causal LM of the family in training mode, or only the decoder if the family has no causal LM."""
     torch.manual_seed(seed)
     configuration = TEXT_CONFIGS[model_type](**config)
     known = type(configuration) in tf.MODEL_FOR_CAUSAL_LM_MAPPING
@@ -353,13 +353,13 @@ def text_model(model_type: str, seed: int = 0, **config: Any) -> nn.Module:
 
 
 def vlm(name: str, seed: int = 0, **config: Any) -> nn.Module:
-    """A VLM, in training mode."""
+    """Makes a VLM in training mode."""
     torch.manual_seed(seed)
     return _randomize(VLMS[name](**config), seed).train()
 
 
 def text_batch(rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, Tensor]:
-    """Right-padded token rows of falling length."""
+    """Makes rows of tokens of decreasing length, padded on the right."""
     ids = torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
     attention = torch.ones_like(ids)
     for row in range(1, rows):
@@ -368,7 +368,7 @@ def text_batch(rows: int = 3, length: int = 10, seed: int = 0) -> dict[str, Tens
 
 
 def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -> dict[str, Tensor]:
-    """One image a row in front of its text, with what this architecture's processor would add."""
+    """Makes rows with an image before the text, and the additional inputs that the architecture's processor makes."""
     generator = torch.Generator().manual_seed(seed)
     kind = model.config.model_type
     pixels, n_tokens, extra = _pixels(kind, rows, generator)
@@ -379,7 +379,7 @@ def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -
     attention = torch.cat([torch.ones(rows, n_tokens + 2, dtype=torch.long), text["attention_mask"]], dim=1)
     batch = {"input_ids": ids, "attention_mask": attention, **pixels, **extra}
     if kind in ("gemma3", "paligemma"):
-        # PaliGemma's prefix (image and prompt) is type 0, its suffix type 1; for Gemma 3 type 1 is the image
+        # PaliGemma: type 0 is the prefix (image and prompt), type 1 the suffix. Gemma 3: type 1 is the image.
         batch["token_type_ids"] = (ids == IMAGE).long() if kind == "gemma3" else (ids < 50).long()
     if kind in _QWEN_LIKE or kind in ("gemma4", "molmo2"):
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
@@ -387,7 +387,7 @@ def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -
 
 
 def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
-    """Pixel input, image tokens a row, further inputs."""
+    """Returns the pixels, the number of image tokens per row, and further inputs."""
     if kind in _QWEN_LIKE:
         # 4 x 4 patches of 3 channels and 2 frames, merged 2 x 2
         grid = torch.tensor([[1, 4, 4]] * rows)
@@ -403,14 +403,14 @@ def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str,
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(rows, -1, -1)
         return {"pixel_values": values}, 4, shapes if kind == "lfm2_vl" else {"image_position_ids": places}
     if kind == "llava_next":
-        # a base view and two tiles; 2 x 4 patches with a newline a row, and the base view's 2 x 2
+        # two tiles of 2 x 4 patches with a newline after each row, and a base view of 2 x 2 patches
         values = torch.randn(rows, 3, 3, _SIDE, _SIDE, generator=generator)
         return {"pixel_values": values}, 4 + 2 * (4 + 1), {"image_sizes": torch.tensor([[_SIDE, 2 * _SIDE]] * rows)}
     if kind == "kimi_k25":
         values = torch.randn(rows * 16, 3, _PATCH, _PATCH, generator=generator)
         return {"pixel_values": values}, 4, {"image_grid_thw": torch.tensor([[1, 4, 4]] * rows)}
     if kind == "minicpmv4_6":
-        # 8 x 8 patches one behind the other, merged 2 x 2 twice
+        # 8 x 8 patches in one line, merged 2 x 2 twice
         values = torch.randn(1, 3, _PATCH, rows * 64 * _PATCH, generator=generator)
         return {"pixel_values": values}, 4, {"target_sizes": torch.full((rows, 2), 8)}
     if kind == "molmo2":
@@ -425,7 +425,7 @@ def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str,
 
 
 def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
-    """Labels on the text that follows the image and ``prompt`` text tokens."""
+    """Returns labels for the text after the image and the first ``prompt`` tokens of text."""
     ids = batch["input_ids"]
     labels = ids.masked_fill(batch["attention_mask"] == 0, -100).masked_fill(ids >= IMAGE, -100)
     text_start = int((ids[0] >= IMAGE).sum())
@@ -440,7 +440,7 @@ TEACHER_SIZE = 12  # pixels; 3 x 3 patches
 
 @cache
 def teacher_folder() -> str:
-    """The folder of a tiny random DINOv2; the same weights in every process."""
+    """Returns the folder of a tiny random DINOv2, with the same weights in every process."""
     folder = Path(tempfile.mkdtemp(prefix="tiny_teacher_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     config = tf.Dinov2Config(
@@ -461,7 +461,7 @@ def teacher_folder() -> str:
 
 
 def autoencoder(width: int, channels: int, groups: int) -> nn.Module:
-    """A tiny AutoencoderKL of diffusers."""
+    """Makes a tiny AutoencoderKL of diffusers."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -473,7 +473,7 @@ def autoencoder(width: int, channels: int, groups: int) -> nn.Module:
 
 @cache
 def autoencoder_folder() -> str:
-    """The folder of an autoencoder whose posterior is its mean."""
+    """Returns the folder of an autoencoder whose latents have no noise."""
     folder = tempfile.mkdtemp(prefix="tiny_autoencoder_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     torch.manual_seed(5)
@@ -486,27 +486,27 @@ def autoencoder_folder() -> str:
 
 
 def student_processor() -> tf.SiglipImageProcessor:
-    """An image processor for the images of these VLMs."""
+    """Returns an image processor for these VLMs."""
     return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})
 
 
-def image_rows(model: nn.Module, n: int, shown: bool = True) -> list[dict[str, Any]]:
-    """Rows as a dataset holds them: inputs of the model, labels on answers of different lengths, and an image.
+def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[str, Any]]:
+    """Makes rows of a dataset: inputs of the model, labels on answers of different lengths, and an image.
 
     Args:
         model: A VLM.
-        n: How many.
-        shown: Whether the teacher gets the image.
+        n: The number of rows.
+        with_images: True if the teacher receives the image.
     """
     rows = []
     for seed in range(n):
         batch = vlm_batch(model, rows=1, seed=seed)
         pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         labels = answer_labels(batch, prompt=2 + seed % 5)
-        rows.append({**batch, "labels": labels, "images": [Image.fromarray(pixels.numpy())] if shown else []})
+        rows.append({**batch, "labels": labels, "images": [Image.fromarray(pixels.numpy())] if with_images else []})
     return rows
 
 
 def collate_rows(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A collator that knows nothing of images: every column it is given holds tensors."""
+    """Collates rows in which every column contains tensors."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -28,7 +28,7 @@ _DRAWS = jarvis.Jarvis.prepare.__code__
 
 
 class Waits(TorchDispatchMode):
-    """While ``on``, counts calls that would wait for the device: ``ours`` by the package, ``host`` by the Trainer."""
+    """While ``on``, counts calls that would wait for the device: ``ours`` by the package, ``host`` by the trainer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Waits(TorchDispatchMode):
                 places.append((code.co_filename, frame.f_lineno, code.co_name))
             frame = frame.f_back
         file, line, name = places[0] if places else ("?", 0, "?")
-        # the first pass of gradient caching runs the model, whose waits are not ours
+        # the first pass of gradient caching runs the model, and waits of the model do not count as ours
         found = self.ours if file.startswith(_OURS) and name != HeraTrainer._collect.__name__ else self.host
         found[f"{file.removeprefix(_OURS + '/')}:{line} {name}: {what}"] += 1
 

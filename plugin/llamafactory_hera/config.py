@@ -132,8 +132,8 @@ class HeraConfig(KeyedConfig):
     )
     memory: int | Literal["auto"] = knob(
         AUTO,
-        "Number of recent samples kept as extra candidates. auto keeps as many as each sample needs to have four "
-        "times hera_k candidates, and none if the batch has that many.",
+        "Number of recent samples to keep as additional candidates. auto keeps just enough samples for four times "
+        "hera_k candidates; it keeps none if the batch alone has so many.",
         at_least=0,
         at_most=10**6,
     )

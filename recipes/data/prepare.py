@@ -4,8 +4,8 @@
     python recipes/data/prepare.py grand FOLDER_OF_ANNOTATIONS
     python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
-The results are written next to ``dataset_info.json``. The first two commands need only Python; they skip and count
-rows whose image is missing from the dataset's ``images`` folder. The last command fills that folder from parquet
+The results are written next to ``dataset_info.json``. The first two commands need only Python. They skip rows whose
+image is missing from the dataset's ``images`` folder, and count them. The last command fills that folder from parquet
 files; it needs pyarrow and pillow, which LLaMA-Factory installs.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 IMAGE = "<image>"
-#: OCR-VQA has .jpg, .png and .gif files, and the annotations name all of them .jpg.
+#: OCR-VQA has .jpg, .png and .gif files, but the annotations call all of them .jpg.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif")
 #: The number of FineVision rows on which the paper trains Qwen3-VL-4B.
 FINEVISION_ROWS = 83_000
@@ -38,9 +38,9 @@ def find_image(name: str, images: Path) -> str | None:
 def instruct_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str, Any]]:
     """Reads the rows of LLaVA's 665k mixture.
 
-    Some ids are numbers and some are text, which `datasets` cannot load in one column, so all become text. The image
-    token moves to the start of the first turn, where LLaVA puts it, and is removed from text-only rows, where
-    LLaMA-Factory would look for an image.
+    All ids become text, because `datasets` cannot load numbers and text in one column. The image token moves to the
+    start of the first turn, where LLaVA puts it. In text-only rows, it is replaced, because LLaMA-Factory would look
+    for an image.
     """
     for row in json.loads(source.read_text(encoding="utf-8")):
         name = row.get("image")
@@ -63,7 +63,7 @@ def instruct_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[
 
 
 def grand_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str, Any]]:
-    """Reads a row from each of GranD's annotation files: the image and its dense caption."""
+    """Reads one row from each annotation file of GranD: the image and its dense caption."""
     for file in sorted(source.rglob("*.json")):
         name, annotation = next(iter(json.loads(file.read_text(encoding="utf-8")).items()))
         caption = (annotation.get("dense_caption") or {}).get("caption", "").strip()
@@ -76,13 +76,14 @@ def grand_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[str
         yield {"id": Path(name).stem, "image": found, "conversations": turns}
 
 
-def finevision_rows(source: Path, images: Path, counts: Counter, *asked: str) -> Iterator[dict[str, Any]]:
+def finevision_rows(source: Path, images: Path, counts: Counter, *subsets: str) -> Iterator[dict[str, Any]]:
     """Draws rows from FineVision's subsets with a fixed seed; each subset is a folder of parquet files in ``source``.
 
-    ``asked`` has the form ``SUBSET=ROWS`` or ``SUBSET``; the default is every subset in ``source``. A subset without a
-    number contributes an even share of 83,000 rows. The paper's choice of subsets and rows is not known.
+    A subset is given as ``SUBSET=ROWS`` or ``SUBSET``; by default, all subsets in ``source`` are used. A subset
+    without a number contributes an even share of 83,000 rows. The paper does not state its subsets and rows.
     """
-    names = asked or sorted({file.parent.relative_to(source).as_posix() for file in source.rglob("*.parquet")}) or [""]
+    every = sorted({file.parent.relative_to(source).as_posix() for file in source.rglob("*.parquet")})
+    names = subsets or every or [""]
     for subset, _, number in (name.partition("=") for name in names):
         yield from _finevision_subset(source, images, counts, subset, int(number or FINEVISION_ROWS // len(names)))
 
@@ -93,7 +94,7 @@ def _finevision_subset(source: Path, images: Path, counts: Counter, subset: str,
 
     files = [ParquetFile(file) for file in sorted((source / subset).glob("*.parquet"))]
     if not files:
-        raise SystemExit(f"{source / subset} holds no parquet file; download the subset, or name another one.")
+        raise SystemExit(f"{source / subset} contains no parquet file; download the subset, or name another subset.")
     total = sum(file.metadata.num_rows for file in files)
     drawn = set(random.Random(0).sample(range(total), min(n, total)))
     batches = (batch for file in files for batch in file.iter_batches(64, columns=["images", "texts"]))

@@ -14,9 +14,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python recipes/demo", description=__doc__)
     parser.add_argument("--output", default="hera_demo", help="folder to create (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
-    parser.add_argument("--size", choices=SIZES, default="demo", help="test is smaller, with little training")
+    parser.add_argument("--size", choices=SIZES, default="demo", help="test builds less data and trains less")
     parser.add_argument("--force", action="store_true", help="replace an earlier demo")
-    compared = "also train with and without HeRA in saves/, and compare; --seed is then that of the trainings, too"
+    compared = "also train with and without HeRA in saves/, and compare; --seed is then also the seed of training"
     parser.add_argument("--compare", action="store_true", help=compared)
     options = parser.parse_args()
     if options.compare and options.output != "hera_demo":

@@ -1,10 +1,10 @@
 """Writes the demo's dataset in LLaMA-Factory's sharegpt format to one folder.
 
-- ``dataset_info.json`` declares four datasets: ``hera_demo`` (training conversations of questions, with a caption
-  before or after them), ``hera_demo_heldout`` (held-out images, caption last), ``hera_demo_captions`` (the training
-  images with only their captions, for stage 1 and the selection of heads) and ``hera_demo_text`` (no images).
-- ``demo_questions.json`` contains the questions about held-out images as a list, for ``llamafactory-hera eval --suite
-  demo``.
+- ``dataset_info.json`` declares four datasets. A conversation of ``hera_demo`` has questions about a training image,
+  and a caption before or after them. ``hera_demo_heldout`` has held-out images, with the caption last.
+  ``hera_demo_captions`` has the training images with only their captions, for stage 1 and the selection of heads.
+  ``hera_demo_text`` has no images.
+- ``demo_questions.json`` lists the questions about held-out images, for ``llamafactory-hera eval --suite demo``.
 - ``images/*.png`` are rendered scenes, and the digits and photographs that scikit-learn and scikit-image ship. No
   digit is in both splits, and held-out photographs share no pixel with training photographs.
 """
@@ -99,7 +99,7 @@ REGIONS: tuple[Region, ...] = (
     *_texture("immunohistochemistry", "tissue", "brown and blue tissue under a microscope"),
 )
 #: For each kind of real image: the possible subjects, the open question, and the yes-no question.
-_ASKED: dict[str, tuple[Sequence[str], str, str]] = {
+_REAL_QUESTIONS: dict[str, tuple[Sequence[str], str, str]] = {
     "photograph": (
         sorted({region.subject for region in REGIONS}),
         "What is in this picture?",
@@ -118,9 +118,9 @@ def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, li
         scenes = []
         for number in range(amount.scenes):
             scene = sample_scene(rng, split)
-            asked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
+            picked = tuple(pick_questions(split_questions(scene, split), rng, QUESTIONS_PER_SCENE))
             name = f"{split}_scene_{number:05d}.png"
-            scenes.append(Sample(name, render(scene), caption(scene, rng), asked))
+            scenes.append(Sample(name, render(scene), caption(scene, rng), picked))
         samples[split] = scenes + samples[split] + photographs(amount.photographs, rng, split)
         rng.shuffle(samples[split])
     return samples
@@ -168,11 +168,11 @@ def _real_sample(
     kind: str, split: Split, number: int, image: Image.Image, text: str, subject: str, rng: random.Random
 ) -> Sample:
     """Adds the two questions to a real image; the answer to the yes-no question is "yes" as often as "no"."""
-    subjects, open_question, closed_question = _ASKED[kind]
+    subjects, open_question, closed_question = _REAL_QUESTIONS[kind]
     other = rng.choice([name for name in subjects if name != subject])
     named, answer = rng.choice([(subject, "yes"), (other, "no")])
-    asked = Question(kind, open_question, subject), Question(kind, closed_question.format(named), answer)
-    return Sample(f"{split}_{kind}_{number:05d}.png", image, text, asked)
+    both = Question(kind, open_question, subject), Question(kind, closed_question.format(named), answer)
+    return Sample(f"{split}_{kind}_{number:05d}.png", image, text, both)
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:

@@ -1,7 +1,7 @@
 """The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, a LLaVA of these two, a DINOv2 teacher.
 
-Each model is trained for some seconds on only the training data. The teacher sees only images, without text, labels
-or properties of the scenes. The projector stays random until stage 1 trains it.
+Each model is trained for a few seconds, only on the training data. The teacher sees only the images; it sees no text,
+labels or properties of the scenes. The projector stays random until stage 1 trains it.
 """
 
 import math
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 class Encoder(NamedTuple):
-    """The sizes of a vision transformer with four heads, in pixels and channels, and its peak learning rate."""
+    """The sizes of a vision transformer with four heads (pixels and channels), and its peak learning rate."""
 
     side: int = SIDE
     patch: int = PATCH

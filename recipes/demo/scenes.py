@@ -1,10 +1,10 @@
 """The demo's scenes with their pixels, captions and questions, and the combinations held out from training.
 
-A scene contains one to four objects on a 2×2 grid. Each shape has a preferred color, which it has with probability
-``COLOR_BIAS``. Text alone therefore suggests the answers to many color questions, and the others require the image.
-Each shape also has one held-out color, the preferred color of the next shape. No training scene and no training
-question contains a shape in its held-out color; every held-out scene contains at least one. A held-out scene is thus a
-new combination of known shapes and colors.
+A scene contains one to four objects on a 2×2 grid. Each shape has a preferred color, which it takes with probability
+``COLOR_BIAS``. The answers to many color questions can therefore be guessed from the text; the others require the
+image. Each shape also has one held-out color, the preferred color of the next shape. No training scene and no training
+question contains a shape in its held-out color. Every held-out scene contains at least one such object, so it is a new
+combination of known shapes and colors.
 """
 
 import random
@@ -74,8 +74,8 @@ class Question:
     category: str  # count, color, shape, where, relation, size or exist; for a real image, its kind
     text: str
     answer: str
-    about: tuple[int, ...] = ()  # indices of objects; empty for the entire image
-    trap: bool = False  # asks for the color of a shape that does not have its preferred color
+    about: tuple[int, ...] = ()  # indices of the objects; empty if the question is about the entire image
+    trap: bool = False  # True if the question asks for the color of a shape that lacks its preferred color
 
 
 def all_pairs(split: Split = "held_out") -> list[tuple[str, str]]:
@@ -212,14 +212,14 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
         # "left of" or "above" always comes first, so that the order does not reveal the answer.
         one, other = sorted((relation, opposite), key=("left of", "above", "right of", "below").index)
         sizes = {objects[i].size: first, objects[j].size: second}
-        asked = [
+        about_two = [
             ("relation", f"Is the {first} {relation} the {second}?", "yes"),
             ("relation", f"Is the {first} {opposite} the {second}?", "no"),
             ("relation", f"Is the {first} {one} or {other} the {second}?", relation.removesuffix(" of")),
         ]
         if len(sizes) == 2:
-            asked.append(("size", f"Which is larger, the {first} or the {second}?", f"the {sizes['large']}"))
-        found += [Question(*fields, (i, j)) for fields in asked]
+            about_two.append(("size", f"Which is larger, the {first} or the {second}?", f"the {sizes['large']}"))
+        found += [Question(*fields, (i, j)) for fields in about_two]
     for words in (*pairs, *((shape,) for shape in SHAPES)):
         about = tuple(i for i, item in enumerate(objects) if item.pair[-len(words) :] == words)
         found.append(Question("exist", f"Is there a {' '.join(words)}?", "yes" if about else "no", about))

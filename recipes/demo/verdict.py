@@ -1,7 +1,7 @@
-"""``python recipes/demo --compare``: trains the demo's model with and without HeRA, and says what came of it.
+"""``python recipes/demo --compare``: trains the demo's model with and without HeRA, and interprets the results.
 
-The steps are those of a user: ``llamafactory-cli train``, and ``llamafactory-hera`` with ``score``, ``eval`` and
-``report``. All of them run on the CPU. Their logs are in ``saves/demo_logs/``.
+It runs the commands that a user would run: ``llamafactory-cli train``, and ``llamafactory-hera`` with ``score``,
+``eval`` and ``report``. All of them run on the CPU. Their logs are in ``saves/demo_logs/``.
 """
 
 import os
@@ -31,7 +31,7 @@ from llamafactory_hera.teachers.cache import FeatureCache
 
 from .build import build_demo
 
-#: The compared models: the one that both runs start from, and those that the recipes write.
+#: The compared models: the initial model of both runs, and the models that the recipes write.
 MODELS = {"before": "hera_demo/model", "SFT": "saves/demo_sft", "HeRA": "saves/demo_hera"}
 _RECIPES = {name: os.path.relpath(Path(__file__).with_name(f"{name.lower()}.yaml")) for name in ("SFT", "HeRA")}
 #: The keys with which models are scored: on held-out images, with the images.
@@ -42,7 +42,7 @@ _RESAMPLES, _LAST_LINES = 1000, 12
 
 
 class Difference(NamedTuple):
-    """A difference of HeRA from plain fine-tuning, with the ends of its 95 % interval."""
+    """The difference between HeRA and plain fine-tuning, with the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -55,9 +55,9 @@ class Difference(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The results of the comparison: values of each model, by name, and differences of HeRA from SFT."""
+    """The results of the comparison: the values of each model, by name, and the differences between HeRA and SFT."""
 
-    mknn: Mapping[str, float]  #: The mean of the aligned heads.
+    mknn: Mapping[str, float]  #: The mean over the aligned heads.
     mknn_difference: Difference
     chance: float  #: The MKNN of unrelated features.
     accuracy: Mapping[str, float]  #: In percent.
@@ -106,7 +106,7 @@ def compare(seed: int = 0, size: str = "demo", force: bool = False) -> str:
 
 @contextmanager
 def _step(title: str, name: str) -> Iterator[None]:
-    """Prints a title and then the seconds; meanwhile, everything else that this process prints goes to a log file."""
+    """Prints the title of a step, redirects all output of the step to a log file, and then prints the seconds."""
     log, start, failed = _LOGS / f"{name}.log", time.perf_counter(), False
     print(f"  {title:<66}", end=" ", flush=True)
     streams = {number: os.dup(number) for number in (1, 2)}
@@ -145,8 +145,8 @@ def _train(seed: int) -> None:
             with open(_LOGS / f"{name}.log", "wb") as log:
                 command = [sys.executable, "-m", "llamafactory.cli", "train", recipe, f"seed={seed}"]
                 runs[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        for (name, run), how in zip(runs.items(), ("without HeRA", "with HeRA at the same time"), strict=True):
-            with _step(f"train {how} ({_RECIPES[name]})", name):
+        for (name, run), title in zip(runs.items(), ("without HeRA", "with HeRA at the same time"), strict=True):
+            with _step(f"train {title} ({_RECIPES[name]})", name):
                 if status := run.wait():
                     raise ValueError(f"llamafactory-cli train {_RECIPES[name]} ended with status {status}")
     finally:
@@ -158,7 +158,7 @@ def _train(seed: int) -> None:
 
 
 def agreement(model: str, heads: Targets) -> np.ndarray:
-    """Computes the MKNN of the heads for each sample of the scores, averaged over the heads, ``[N]``."""
+    """Computes the MKNN of each sample, averaged over the heads, ``[N]``."""
     from llamafactory_hera.integrations.llamafactory.inputs import selection_inputs
     from llamafactory_hera.integrations.llamafactory.recipe import read_recipe
 
@@ -210,7 +210,7 @@ def table(found: Measured) -> str:
 
 
 def verdict(found: Measured) -> str:
-    """Says in two sentences what the differences mean."""
+    """Interprets the differences in two sentences."""
     shares = (found.mknn["HeRA"], found.mknn["SFT"], found.chance)
     alignment = {1: "Alignment rose", 0: "Alignment did not rise beyond its interval", -1: "Alignment fell"}
     first = (

@@ -1,6 +1,6 @@
-"""``python recipes/generate``: writes the recipes, and the tables and pages that are made from code.
+"""``python recipes/generate``: writes the recipes, docs/keys.md, and the generated tables of other pages.
 
-Run it after changing a key, the table of backbones or the layout of heads.
+Run this command after you change a key, the table of backbones or the layout of heads.
 """
 
 import sys

@@ -28,7 +28,7 @@ class Row:
     Attributes:
         name: The row's part of the file name.
         title: A description for the header and the table.
-        keys: The keys that differ; an integer ``hera_heads`` means that many of the paper's heads.
+        keys: The keys that differ; an integer ``hera_heads`` is a number of the paper's heads.
         paper: The paper's vision average on the two LLMs.
         note: A sentence for the header.
     """
@@ -152,15 +152,15 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
 
 
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
-    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources and with LoRA as in VIRAL.
+    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources, and except CMAR with LoRA.
 
     Two rows are not in the paper: LaVer's Gram loss, and fine-tuning of the middle layers.
 
     Args:
         model: The LLM.
-        pretrain: Its stage 1 with HeRA.
-        hera: Its stage 2 with HeRA.
-        lora: Its stage 2 with HeRA by LoRA.
+        pretrain: The recipe of its stage 1 with HeRA.
+        hera: The recipe of its stage 2 with HeRA.
+        lora: The recipe of its stage 2 with HeRA and LoRA.
     """
     saves = f"saves/{model.key}"
     plain = f"Stage 1 has no alignment loss: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
@@ -213,7 +213,7 @@ def _middle_layers(model: Backbone, lora: Recipe, stage_one: str) -> Recipe:
 
 def _starting(recipe: Recipe, start: str) -> Recipe:
     """Replaces the model that the recipe starts from."""
-    needs = [(f"{start}/", "the output of its stage 1"), *recipe.needs[1:]]
+    needs = [(f"{start}/", "the output of stage 1"), *recipe.needs[1:]]
     return replace(recipe.changed(model_name_or_path=start), needs=needs)
 
 
@@ -245,7 +245,7 @@ def _changed(
 
 
 def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
-    """The sentence with the command of a stage 1 that has no recipe."""
+    """Returns the sentence with the command of a stage 1 that has no recipe."""
     others = {"hera_heads": "null", **keys}
     if "hera_objective" in others:
         others["hera_memory"] = 0
@@ -283,7 +283,7 @@ def index() -> str:
     lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {hera} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
     lines.append(f"| none | command in the header of stage 2 | {none} | – | 55.9 |")
     gram, middle = _link(f"{FOLDER}/{RIVALRY}_gram"), _link(f"{FOLDER}/{RIVALRY}_sft_middle_lora")
-    lines += ["", "Two more rows to compare with are not in the paper; stage 1 is the command in their headers:", ""]
+    lines += ["", "Two more recipes are not in the paper. Their headers contain the command of stage 1:", ""]
     lines += ["| Method | Stage 2 |", "| --- | --- |", f"| the Gram loss of LaVer | {gram} |"]
     lines += [f"| no alignment loss, LoRA adapters on the middle third of the layers | {middle} |"]
     return "\n".join(lines)

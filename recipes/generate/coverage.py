@@ -12,11 +12,11 @@ from llamafactory_hera.heads.families import FAMILIES, head_layout
 MARKS = ("<!-- coverage: generated -->", "<!-- end of coverage -->")
 
 _REASONS = {
-    "is an encoder-decoder": "an encoder-decoder",
-    "encoder-decoder cannot be instantiated": "an encoder-decoder",
-    "must contain one text decoder": "its decoder has no list of layers named `layers`",
-    "is no language model": "its configuration describes no language model",
-    "cannot be built": "transformers cannot build it with its default configuration",
+    "is an encoder-decoder": "The model is an encoder-decoder.",
+    "encoder-decoder cannot be instantiated": "The model is an encoder-decoder.",
+    "must contain one text decoder": "The decoder has no list of layers named `layers`.",
+    "is no language model": "The configuration contains no language model.",
+    "cannot be built": "transformers cannot build the model with the default configuration.",
 }
 
 
@@ -41,7 +41,7 @@ def _reason(message: str) -> str:
 
 
 def _complete(config: Any) -> Any:
-    """Changes the values of a default configuration with which transformers cannot build the model."""
+    """Corrects the values of a default configuration that keep transformers from building the model."""
     text = config.get_text_config()
     if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
         text.pad_token_id = None
@@ -59,7 +59,7 @@ def table() -> str:
         f"transformers {transformers.__version__} has {len(read) + len(refused)} types of image-text-to-text models. "
         f"HeRA reads the heads of {len(read)}.",
         "",
-        "| Status | Types, with the type of the text decoder if it has another name |",
+        "| Status | Types (and the type of the text decoder, if its name differs) |",
         "| --- | --- |",
     ]
     for status, names in (("tested", tested), ("by structure", sorted(set(read) - set(tested)))):

@@ -14,7 +14,7 @@ _SIZE = (10.8, 5.0)
 
 
 def draw(path: Path) -> None:
-    """Draws the places where vectors leave the model, where they are gathered, and what is compared."""
+    """Draws how a step reads vectors from the model, gathers them, and compares them."""
     figure = new_figure(*_SIZE)
     figure.set_layout_engine("none")
     figure.set_facecolor(_PAPER)
@@ -74,7 +74,7 @@ def _model(axes: Axes) -> None:
 
 
 def _rows(axes: Axes, y: float, color: str, shares: Sequence[Sequence[float]]) -> None:
-    """Draws three samples against six candidates, of which the last two are remembered (dashed)."""
+    """Draws a square for each of three samples and six candidates; the last two candidates are remembered (dashed)."""
     for row, values in enumerate(shares):
         for place, share in enumerate(values):
             corner = (7.85 + 0.42 * place, y + 0.96 - 0.45 * row)

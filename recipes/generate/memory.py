@@ -10,7 +10,7 @@ GIB = 2**30
 TRAINED_BYTES = 16
 #: Bytes per logit while the loss is computed: the bf16 logit, its fp32 copy, the softmax and the gradient.
 LOGIT_BYTES = 14
-#: Bytes per parameter that bitsandbytes stores in 4 bits, with its share of the quantization constants.
+#: Bytes per parameter that bitsandbytes stores in 4 bits, including the quantization constants.
 NF4_BYTES = 0.56
 #: CUDA context, DINOv2-L in bf16 with its activations, the activations of the vision tower, fragmentation.
 OVERHEAD = 5 * GIB

@@ -20,10 +20,10 @@ from .sizes import SIZES, Sizes
 from .text import Recipe, render
 
 GPUS = (1, 8, 32)
-#: The number of GPUs that the keys of a recipe are set for; its header lists the others.
+#: The number of GPUs for which the keys of a recipe are set; the header also lists the settings for others.
 DEFAULT_GPUS = 8
 
-#: Parameters of the vision half of SigLIP2 SO400M without its pooling head, and its width.
+#: The number of parameters of the vision encoder of SigLIP2 SO400M without its pooling head, and its width.
 N_VISION, VISION_WIDTH = 412_987_248, 1152
 CAPTION_TOKENS = 832  # 729 of the image and a short caption
 CUTOFF, LONG_CUTOFF = 2048, 4096
@@ -133,7 +133,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
     finevision = dataset == "finevision"  # some of its rows have several images
     cutoff = LONG_CUTOFF if finevision or sizes.image_tokens > CUTOFF // 2 else CUTOFF
-    # The vision half is small compared with the text decoder, and is counted with it.
+    # The vision encoder is small, so its parameters count as parameters of the text decoder.
     if kind.four_bit:
         trained = sizes.lora(kind.rank)
         work = Work(sizes, sizes.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)

@@ -66,7 +66,7 @@ Only `llamafactory-hera calibrate` reads these keys; see [calibrating heads with
 
 ## HARC
 
-Runs with `stage: harc` read these keys; see [HARC](harc.md). They count optimizer steps. In Python, the keys have no
+Runs with `stage: harc` read these keys; see [HARC](harc.md). Steps are optimizer steps. In Python, the keys have no
 prefix: `HarcConfig(margin=0.3)`.
 
 {harc}

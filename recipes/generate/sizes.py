@@ -51,7 +51,7 @@ class Sizes:
 
 
 MERGER = "visual.merger"
-GEMMA4 = "embed_vision.embedding_projection"  # transformers calls embed_vision by keyword, which PEFT cannot wrap
+GEMMA4 = "embed_vision.embedding_projection"  # PEFT cannot wrap embed_vision, which transformers calls by keyword
 
 #: The sizes of each backbone, by its key in the table of backbones.
 SIZES = {
@@ -73,7 +73,7 @@ SIZES = {
     "qwen3_5_4b": Sizes(32, 16, 4, 256, 2560, 9216, 248320, 4_539_265_536, True, 576, MERGER, 2_029_056),
     "qwen3_5_9b": Sizes(32, 16, 4, 256, 4096, 12288, 248320, 9_409_813_744, False, 576, MERGER, 2_704_896),
     "qwen3_vl_8b": Sizes(36, 32, 8, 128, 4096, 12288, 151936, 8_767_123_696, False, 576, MERGER),
-    # the width of the MLP is that of the 8 experts of a token
+    # the width of the MLP is the sum over the 8 experts of a token
     "qwen3_vl_30b_a3b": Sizes(48, 32, 4, 128, 2048, 6144, 151936, 31_070_754_032, False, 576, MERGER, 835_584),
     "gemma4_e4b": Sizes(42, 8, 2, 256, 2560, 10240, 262144, 7_941_100_832, True, 280, GEMMA4, 2_429_952, 42 * 256),
     "internvl3_5_8b": Sizes(36, 32, 8, 128, 4096, 12288, 151936, 8_528_318_464, image_tokens=256),

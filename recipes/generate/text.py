@@ -18,9 +18,9 @@ _COMMENTS = {
     "gradient_accumulation_steps": "see the table above",
     "train_sampling_strategy": "samples of similar length share a batch; in transformers 4, group_by_length: true",
     "media_dir": "image paths in the data are relative to this folder",
-    "enable_thinking": "the data have no thoughts: an empty one is part of the prompt",
-    "default_system": "the template's own system message turns thinking on",
-    "use_reentrant_gc": "the default loses the gradients of keys and values that layers share",
+    "enable_thinking": "the data contain no thoughts, so the prompt ends with an empty thought",
+    "default_system": "the template's default system message would turn thinking on",
+    "use_reentrant_gc": "LLaMA-Factory's default would lose the gradients of keys and values that layers share",
 }
 
 
@@ -59,7 +59,7 @@ class Recipe:
         return replace(self, name=name, title=title, needs=needs, sections=sections, notes=notes)
 
     def changed(self, **values: Any) -> "Recipe":
-        """Returns the recipe with other values of keys that it has."""
+        """Returns the recipe with new values for some of its keys."""
         sections = [(name, {k: values.get(k, v) for k, v in keys.items()}) for name, keys in self.sections]
         return replace(self, sections=sections)
 

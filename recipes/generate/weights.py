@@ -6,7 +6,8 @@ import numpy as np
 
 from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure, plain, save_figure
 
-#: HeRA minus plain fine-tuning: weight -> MKNN of the aligned heads, and right answers with their interval in points.
+#: Gains of HeRA over plain fine-tuning, by experiment and weight: MKNN of the aligned heads, then right answers and
+#: the ends of their interval, in points.
 WORLDS = {
     "study, 1,500 steps": (BLUE, {0.01: (0.018, 0.15, -0.77, 1.06), 0.1: (0.180, 1.19, 0.07, 2.32)}),
     "demo, 320 steps": (ORANGE, {0.01: (0.105, 1.5, -0.8, 3.8), 0.03: (0.164, 0.0, -2.4, 2.5)}),
@@ -34,7 +35,7 @@ def draw(path: Path) -> None:
         gains, answers, low, high = zip(*found.values(), strict=True)
         left.plot(list(found), gains, "o-", color=color, label=name)
         errors = [np.subtract(answers, low), np.subtract(high, answers)]
-        apart = [weight * 1.08 ** (place - 1) for weight in found]  # intervals of equal weights side by side
+        apart = [weight * 1.08 ** (place - 1) for weight in found]  # draws intervals of equal weights side by side
         right.errorbar(apart, answers, yerr=errors, fmt="o", color=color, capsize=3)
     for axes, label in ((left, "gain in MKNN of the aligned heads"), (right, "gain in right answers (points)")):
         axes.set(xscale="log", xlabel="hera_weight", ylabel=label)

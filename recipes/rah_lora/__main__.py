@@ -1,4 +1,4 @@
-"""``python recipes/rah_lora``: the RAH-LoRA paper's control experiment and gap-gain correlation (README.md)."""
+"""``python recipes/rah_lora``: two experiments of the RAH-LoRA paper, ``control`` and ``gap`` (README.md)."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python recipes/rah_lora", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    control = commands.add_parser("control", help="calibrate on the data as they are and on corrupted images")
+    control = commands.add_parser("control", help="calibrate on the unchanged data and on corrupted images")
     control.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-hera calibrate")
     control.add_argument("--control", choices=("shuffled", "blank"), required=True, help="how images are corrupted")
     control.usage = f"{control.prog} RECIPE.yaml --control {{shuffled,blank}} [key=value ...]"
@@ -17,7 +17,7 @@ def main() -> int:
     gap.add_argument("points", metavar="FOLDER=GAIN", nargs="+", help="a calibration, and its gain in points")
     gap.add_argument("--output", type=Path, default="rah_gap.png", help="picture to write (default: %(default)s)")
     args, overrides = parser.parse_known_args()
-    # before torch is imported: a calibration runs on one device
+    # A calibration runs on one device. This must be set before torch is imported.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     import experiments

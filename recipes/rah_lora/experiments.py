@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
-    """Calibrates on the data as they are and on corrupted images, and writes and returns a comparison."""
+    """Calibrates on the unchanged data and on corrupted images, and writes and returns a comparison."""
     from llamafactory_hera.integrations.llamafactory.calibration import read_calibration  # imports the host
 
     inputs, config, folder = read_calibration(recipe, overrides)
@@ -93,7 +93,7 @@ def compare(normal: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    """Averages Spearman's correlation of the heads over layers, without layers whose heads are all equal."""
+    """Averages Spearman's correlation of the heads over layers, except layers in which all heads are equal."""
     ordered = [(a, b) for a, b in zip(ours, theirs, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
     return round(float(np.mean([spearmanr(a, b).statistic for a, b in ordered])), 6) if ordered else 0.0
 

@@ -1,4 +1,4 @@
-"""Jobs in forked processes, whose results are files, so that a study can be stopped and resumed."""
+"""Runs jobs in forked processes and stores their results in files, so that a study can be stopped and resumed."""
 
 import fcntl
 import multiprocessing
@@ -31,12 +31,12 @@ def result(root: Path, name: str) -> dict[str, Any]:
 
 
 def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
-    """Runs jobs in forked processes, several at a time, and skips those that have a result.
+    """Runs jobs in forked processes, several at a time, and skips jobs that have a result.
 
-    A job's output goes to ``logs/NAME.log``, its result to ``done/NAME.json``.
+    The output of a job goes to ``logs/NAME.log``, and its result to ``done/NAME.json``.
 
     Raises:
-        ValueError: A job failed. The error comes after all jobs have run, and names the logs.
+        ValueError: A job failed. The error is raised after all jobs have run, and lists the logs.
     """
     waiting = [name for name in jobs if not result_file(root, name).exists()]
     running: dict[Any, tuple[str, Any, float]] = {}
@@ -46,7 +46,7 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
         while waiting and len(running) < workers:
             name = waiting.pop(0)
             process = context.Process(target=_run_job, args=(root, name, jobs[name]), daemon=True)
-            # A signal must not arrive before multiprocessing lists the new process among those to stop.
+            # A signal must not arrive before multiprocessing has added the new process to its list of children.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             process.start()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
@@ -67,7 +67,7 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
 def _run_job(root: Path, name: str, job: Job) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # One process per core, with one thread each, is fastest and makes numbers independent of the number of cores.
+    # One thread per process is fastest, and makes the numbers independent of the number of cores.
     torch.set_num_threads(1)
     log = root / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def locked(root: Path) -> Iterator[None]:
         for process in multiprocessing.active_children():
             process.terminate()
             process.join()
-        os._exit(128 + number)  # an exception would be ignored if it were raised in a hook of a fork
+        os._exit(128 + number)  # an exception would be ignored if the signal arrived during a fork's hook
 
     before = signal.signal(signal.SIGTERM, stop)
     with open(root / ".lock", "w") as file:

@@ -1,4 +1,4 @@
-"""The parts that all runs share, trained on training pictures and text alone: tokenizer, teacher, and LLaVA."""
+"""The parts that all runs share, trained only on training pictures and texts: tokenizer, teacher, and LLaVA."""
 
 import random
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ _INDEPENDENT = [1] * 800 + [2] * 200 + [3] * 200 + [4] * 200  # objects in each 
 def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
     """Trains the tokenizer on the training texts and the teacher on the training pictures.
 
-    The teacher's training is that of the demo, but a view is often gray. Color and place alone distinguish almost all
-    pictures of these scenes, so a teacher that always sees colors learns little about shapes.
+    The teacher is trained as in the demo, except that many views are gray. Color and place alone distinguish almost
+    all pictures of these scenes, so a teacher that always sees colors learns little about shapes.
 
     Returns:
         The first and last loss of the teacher, and its :func:`teacher_knowledge`.
@@ -56,14 +56,14 @@ def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
 
 
 def partly_gray_view(pixels: torch.Tensor) -> torch.Tensor:
-    """Makes a random view of each picture, gray with probability ``GRAY``; ``[B, 3, S, S]`` in and out."""
+    """Makes a random view of each picture ``[B, 3, S, S]``; a view is gray with probability ``GRAY``."""
     view = models.random_view(pixels)
     gray = torch.rand(len(view), 1, 1, 1) < GRAY
     return torch.where(gray, view.mean(dim=1, keepdim=True), view)
 
 
 def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Returns the teacher's CLS tokens ``[N, D]``, through the cache that the runs read."""
+    """Returns the teacher's CLS tokens ``[N, D]``, and adds them to the cache that the runs read."""
     teacher = VisionTeacher.from_pretrained(str(root / TEACHER), "cpu", torch.float32)
     cache = FeatureCache(root / CACHE, teacher.fingerprint, teacher.dim)
     keys = [image_key(image) for image in images]
@@ -74,12 +74,12 @@ def features_of(root: Path, images: Sequence[Image.Image]) -> torch.Tensor:
 def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
     """Measures how well the teacher's nearest neighbors predict the factors of a scene.
 
-    The scenes are new, with independent factors. The nearest scenes of one half vote on each scene of the other half.
-    The vote on the number of objects uses scenes with one to four objects. Votes on the other factors use scenes with
-    one object.
+    The scenes are new, and their factors are independent. For each scene of one half, the nearest scenes of the other
+    half vote. The vote on the number of objects uses scenes with one to four objects. Votes on the other factors use
+    scenes with one object.
 
     Returns:
-        By factor, the share of right votes and the share of the most frequent answer.
+        The share of right votes, and the share of the most frequent answer, by factor.
     """
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
@@ -108,7 +108,7 @@ def independent_scene(rng: random.Random, number: int) -> Scene:
 
 
 def identity_tower() -> SiglipVisionModel:
-    """Makes a vision tower without knowledge: a token is the pixels of its patch and the number of the patch."""
+    """Makes an untrained vision tower: each token contains the pixels of its patch and the number of the patch."""
     n_pixels, n_patches = 3 * CELL**2, GRID**2
     config = SiglipVisionConfig(
         image_size=GRID * CELL,
@@ -120,7 +120,7 @@ def identity_tower() -> SiglipVisionModel:
     )
     tower = SiglipVisionModel(config)
     with torch.no_grad():
-        for name, parameter in tower.named_parameters():  # zeros, so that the layer adds nothing to its input
+        for name, parameter in tower.named_parameters():  # mostly zeros, so that the layer adds nothing to its input
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
             if name.endswith("patch_embedding.weight"):
                 parameter[:n_pixels] = torch.eye(n_pixels).unflatten(1, parameter.shape[1:])
@@ -130,7 +130,7 @@ def identity_tower() -> SiglipVisionModel:
 
 
 def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
-    """Makes a seed's LLaVA: a language model trained on text alone, and a random projector."""
+    """Makes the LLaVA of a seed: a language model that was trained only on text, and a random projector."""
     tokenizer = AutoTokenizer.from_pretrained(root / TOKENIZER)
     with models.reproducible(seed):
         language_model = models.new_language_model(tokenizer, head_dim=12, intermediate_size=160)
@@ -141,6 +141,6 @@ def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
 
 
 def load_llava(root: Path, seed: int) -> tuple[Any, Any]:
-    """Loads a seed's LLaVA, from which all its runs start, and its processor."""
+    """Loads the LLaVA of a seed, which is the start of all runs with this seed, and its processor."""
     folder = root / LLAVA.format(seed)
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The report: the measurements of the finished runs with intervals over seeds, as JSON, a page and a figure."""
+"""Writes the report: measurements of the finished runs, with intervals over seeds, as JSON, a page and a figure."""
 
 import math
 import os
@@ -70,18 +70,18 @@ def format_interval(interval: Interval | None, digits: int, scale: float = 1, si
 
 
 def without_looking(world: World, kind: str) -> dict[str, dict[str, float]]:
-    """Returns the accuracy of two readers that do not see the picture, by category, as a floor for comparison.
+    """Returns the accuracy, by category, of two strategies that ignore the picture, as a floor for comparison.
 
-    ``text_alone`` gives the most frequent answer to the same question in training. ``one_answer`` gives one answer to
-    all questions of a category, the one that is right most often.
+    ``text_alone`` gives the most frequent answer to the same question in training. ``one_answer`` gives the same
+    answer to all questions of a category: the answer that is right most often.
     """
-    asked, found = world.test[kind], {}
-    for reader, key, known in (("text_alone", "question", world.train), ("one_answer", "category", asked)):
+    questions, found = world.test[kind], {}
+    for reader, key, known in (("text_alone", "question", world.train), ("one_answer", "category", questions)):
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in known:
             counts[getattr(sample, key)][sample.answer] += 1
         answers = {name: counted.most_common(1)[0][0] for name, counted in counts.items()}
-        found[reader] = shares(asked, [answers.get(getattr(sample, key)) == sample.answer for sample in asked])
+        found[reader] = shares(questions, [answers.get(getattr(sample, key)) == sample.answer for sample in questions])
     return found
 
 
@@ -175,7 +175,7 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
 
 
 def _against(by_method: ByMethod, method: str, other: str = BASELINE, ratio: bool = False) -> Interval | None:
-    """The paired interval of two methods, or None for a method and itself."""
+    """Returns the paired interval of two methods, or None if they are the same method."""
     return None if method == other else paired_interval(by_method.get(method, {}), by_method.get(other, {}), ratio)
 
 
@@ -244,7 +244,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw(found: dict[str, ByMethod], methods: Sequence[str], chance: float, path: Path) -> None:
-    """Draws the MKNN of the worst and top heads, and the accuracy of both sets minus the baseline's."""
+    """Draws the MKNN of the worst and top heads, and the gain in accuracy over the baseline on both sets."""
     rows = [BASE, *methods]
     figure = new_figure(11, 1.4 + 0.36 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)

@@ -28,16 +28,16 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
     Args:
         output: The study's folder.
         size: One of ``SIZES``.
-        workers: The number of processes; it changes times but no other numbers.
-        seeds: The number of seeds of the primary methods; 0 uses the number that the size defines. More seeds can be
-            added to a finished study.
+        workers: The number of processes, which affects only times.
+        seeds: The number of seeds of the primary methods; 0 uses the number that the size defines. You can add seeds
+            to a finished study.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: The folder holds a study with other settings or something else, another process uses it, or a run
-            failed.
+        ValueError: The folder contains a study with other settings, or other files; or another process uses it; or a
+            run failed.
     """
     root, settings = Path(output).absolute(), SIZES[size]
     if seeds:
@@ -74,7 +74,7 @@ def choose_weight(tried: Mapping[float, dict[str, Any]]) -> float:
 
 
 def _seed(root: Path, world: World, settings: Settings, seed: int) -> dict[str, Any]:
-    """Makes a seed's LLaVA, selects its heads on training captions, and measures it before training."""
+    """Makes the LLaVA of a seed, selects its heads on training captions, and measures it before training."""
     parts.make_llava(root, world, settings, seed)
     model, processor = parts.load_llava(root, seed)
     encoder = train.Encoder(processor)
@@ -87,18 +87,18 @@ def _seed(root: Path, world: World, settings: Settings, seed: int) -> dict[str, 
 
 def _claim(root: Path, settings: Settings) -> None:
     """Writes the settings into a new folder; refuses a folder that belongs to something else."""
-    file, asked = root / STUDY, settings.to_dict()
+    file, wanted = root / STUDY, settings.to_dict()
     if file.exists():
         found = read_json(file)["settings"]
-        other = sorted(key for key in asked.keys() | found.keys() if found.get(key) != asked.get(key))
+        other = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
         if other and other != ["seeds"]:
             raise ValueError(
-                f"--output: {root} holds a study with other settings ({', '.join(other)}); choose another folder."
+                f"--output: {root} contains a study with other settings ({', '.join(other)}); choose another folder."
             )
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"--output: {root} exists and holds no study; choose another folder.")
+        raise ValueError(f"--output: {root} exists and contains no study; choose another folder.")
     else:
-        write_json(file, {"settings": asked})
+        write_json(file, {"settings": wanted})
 
 
 def main() -> int:

@@ -11,11 +11,11 @@ class Method:
     """A way to train.
 
     Attributes:
-        label: Its name in tables.
+        label: The name of the method in tables.
         heads: The strategy that selects its five heads; None if the method aligns no heads.
-        weight: The weight of its loss; None for the weight that the validation questions choose.
+        weight: The weight of its loss; None for the weight that is chosen on the validation questions.
         keys: More fields of ``HeraConfig``; None for plain fine-tuning.
-        stages: The stages that use the method; the others are plain.
+        stages: The stages that use the method; the other stages are plain fine-tuning.
     """
 
     label: str
@@ -42,35 +42,35 @@ METHODS: dict[str, Method] = {
     "viral": Method("VIRAL", weight=0.5, keys=_layer("middle", "viral"), stages=(2,)),
     "jarvis": Method("JARVIS", weight=1.0, keys=_layer("middle", "jarvis"), stages=(1,)),
 }
-#: The method that the others are compared with.
+#: The method with which all others are compared.
 BASELINE = "sft"
-#: The methods that the study's question is about. They run with all seeds, and the others with the first few.
+#: The methods in the study's question. They run with all seeds; other methods run with the first few seeds.
 PRIMARY = ("sft", "worst5_paper", "worst5", "top5", "random5")
-#: The method whose weight the validation questions choose.
+#: The method whose weight is chosen on the validation questions.
 TUNED = "worst5"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide a study's numbers; the defaults are those of the size ``default``.
+    """The settings that determine a study's numbers; the default values form the size ``default``.
 
     Attributes:
-        scenes: Number of training scenes.
-        asked: Questions per training scene, each a sample of its own.
-        questions: Questions per category in each set of validation and test.
-        scored: Captions on which heads are selected; MKNN is measured on as many others.
-        teacher_steps: Updates of the teacher, by contrastive learning on training images.
-        language_steps: Updates of the language model on text alone, with 16 documents each.
-        stage1_steps: Updates of the projector, on captions.
-        stage2_steps: Updates of the projector and the language model, on questions.
-        batch_size: Samples per step, in one micro-batch.
+        scenes: The number of training scenes.
+        asked: The number of questions per training scene; each question is a separate sample.
+        questions: The number of questions per category in each set of validation and test.
+        scored: The number of captions on which heads are selected; MKNN is measured on the same number of others.
+        teacher_steps: The number of updates of the teacher, by contrastive learning on training images.
+        language_steps: The number of updates of the language model, on text alone, with 16 documents each.
+        stage1_steps: The number of updates of the projector, on captions.
+        stage2_steps: The number of updates of the projector and the language model, on questions.
+        batch_size: The number of samples per step, in one micro-batch.
         memory: The value of ``hera_memory``.
         neighbors: The value of ``hera_k`` in training.
         stage1_rate: Peak learning rate of stage 1.
         stage2_rate: Peak learning rate of stage 2.
         seeds: The seeds of the primary methods.
-        secondary_seeds: The number of these seeds, counted from the first, with which the other methods run.
-        tuning_seed: The seed of the runs that choose the weight; only the smoke test has it among ``seeds``.
+        secondary_seeds: The other methods run only with this number of seeds, the first of ``seeds``.
+        tuning_seed: The seed of the runs that choose the weight; ``seeds`` contains it only in the smoke test.
         weights: The weights that these runs try.
         methods: Names of ``METHODS``.
     """
@@ -105,7 +105,7 @@ class Settings:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
-#: The sizes by name. ``smoke`` only runs every step once, with two methods; its numbers mean nothing.
+#: The sizes by name. ``smoke`` only tests that each part of a study runs; its numbers mean nothing.
 SIZES: dict[str, Settings] = {
     "smoke": Settings(
         scenes=128,

@@ -1,4 +1,4 @@
-"""A run in transformers' Trainer: stage 1, stage 2, the answers, the MKNN of all heads, and the cost."""
+"""Runs one method with one seed: stage 1, stage 2, the answers, the MKNN of all heads, and the cost."""
 
 import math
 import resource
@@ -23,7 +23,7 @@ from recipes.demo.scenes import GRID
 
 from .parts import CACHE, TEACHER, features_of, load_llava
 from .settings import METHODS, Method, Settings
-from .world import END, Sample, World, asked, shares
+from .world import END, Sample, World, prompt, shares
 
 #: The number of neighbors with which heads are scored, as in the paper.
 NEIGHBORS = 10
@@ -41,13 +41,13 @@ class Encoder:
         self._ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def encode(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-        """Returns tokens, labels on the answer, the picture and its pixels; a caption follows its picture directly."""
+        """Returns the tokens, the labels of the answer, the picture and its pixels; a caption has no question."""
         images = [sample.image for sample in samples]
         pixels = self._processor.image_processor(images, return_tensors="pt")["pixel_values"]
         rows = []
         for sample, pixel_values in zip(samples, pixels, strict=True):
             answer = self._ids(sample.answer + END)
-            ids = [*self._image, *self._ids(asked(sample.question)), *answer]
+            ids = [*self._image, *self._ids(prompt(sample.question)), *answer]
             labels = [IGNORE_INDEX] * (len(ids) - len(answer)) + answer
             rows.append({"input_ids": ids, "labels": labels, "images": [sample.image], "pixel_values": pixel_values})
         return rows
@@ -134,7 +134,7 @@ def run(
         cost[f"stage{stage}_cpu_s"] = time.process_time() - started
     cost["process_peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
-        "accuracy": {kind: answer_all(model, encoder, asked) for kind, asked in questions.items()},
+        "accuracy": {kind: answer_all(model, encoder, samples) for kind, samples in questions.items()},
         "mknn": measure(root, model, encoder, world.scored),
         "cost": cost,
     }

@@ -2,10 +2,10 @@
 
 Every combination of shape, color and cell belongs to one split. For each shape in each cell, one color is reserved for
 the test, another for validation, and four are for training. The reserved colors are never the shape's preferred color,
-so the language prior is the same in every cell. A training scene holds training combinations only. A ``new`` scene of
-validation or test holds at least one combination of its split, and otherwise training combinations. Its questions
-concern either the reserved objects or the entire scene, so no training scene or caption answers them. A ``seen`` scene
-is drawn like a training scene.
+so the language prior is the same in every cell. A training scene contains only training combinations. A ``new`` scene
+of validation or test contains at least one combination of its split, and otherwise training combinations. Its
+questions concern either the reserved objects or the entire scene, so no training scene or caption answers them. A
+``seen`` scene is drawn like a training scene.
 """
 
 import random
@@ -32,8 +32,9 @@ from recipes.demo.scenes import (
 
 from .settings import Settings
 
-#: The categories of questions. ``trap`` asks for the color of a named shape that does not have its preferred color, so
-#: the likeliest answer from text alone is wrong. ``color`` asks by place, where text alone gives no hint.
+#: The categories of questions. ``trap`` asks for the color of a shape that does not have its preferred color, so the
+#: answer that is most likely from the text alone is wrong. ``color`` asks for the color of the object at a place, so
+#: the text gives no hint.
 CATEGORIES = ("count", "color", "shape", "size", "where", "exist", "trap")
 #: The sets of questions: on scenes like those of training, and on scenes with combinations that training never shows.
 SETS = ("seen", "new")
@@ -83,7 +84,7 @@ def make_world(settings: Settings) -> World:
         captions.append(Sample(image, "", text, scene=scene))
         picked = pick_questions(study_questions(scene), rng, settings.asked)
         train += [Sample(image, question.text, question.answer) for question in picked]
-        texts += [text + END, text + "".join(asked(question.text) + question.answer + END for question in picked)]
+        texts += [text + END, text + "".join(prompt(question.text) + question.answer + END for question in picked)]
     held_out = [
         {kind: list(_ask(f"{split} {kind}", split if kind == "new" else "train", settings.questions)) for kind in SETS}
         for split in ("validation", "test")
@@ -94,8 +95,8 @@ def make_world(settings: Settings) -> World:
     return World(train, captions, texts, *held_out, scored)
 
 
-def asked(question: str) -> str:
-    """Returns the question as the model reads it before the answer; a caption has no question."""
+def prompt(question: str) -> str:
+    """Returns the text before the answer: the question and a space, or nothing for a caption."""
     return f"{question} " if question else ""
 
 
@@ -113,7 +114,7 @@ def split_of(item: SceneObject) -> str:
 
 
 def study_questions(scene: Scene) -> list[Question]:
-    """Lists the study's questions about a scene: those of the demo that a small model can learn, and one more kind."""
+    """Lists the study's questions about a scene: questions of the demo that a small model can learn, and new ones."""
     found = [
         question
         for question in questions(scene, all_pairs())
@@ -147,8 +148,8 @@ def shares(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]
 def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
     """Draws scenes of a split and asks about them until every category has its questions.
 
-    A question concerns an object that belongs to the split, or the entire scene. Each scene gets one question in each
-    of a few categories: those that it allows and that lack the most questions. Within a category the answer is drawn
+    A question concerns an object that belongs to the split, or the entire scene. Each scene gets questions in a few of
+    the categories that it allows: those that still need the most questions. Within a category, the answer is drawn
     before the question, so "yes" is as frequent as "no".
     """
     rng = random.Random(f"study {name}")

@@ -1,4 +1,4 @@
-"""Full-size configurations of the models in the table, for models on the meta device."""
+"""Configurations of the models in the table at full size, for models on the meta device."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 #: The configuration of the paper's vision encoder: 27 x 27 patch tokens, no CLS token.
 VISION = dict(zip(_WIDTHS, (1152, 4304, 27, 16, 384, 14), strict=True))
 VISION |= {"model_type": "siglip_vision_model", "vision_use_head": False}
-# Training template -> type of the language model's configuration, and size of its tokenizer.
+# By training template: the type of the language model's configuration, and the size of its tokenizer.
 _LANGUAGE = {"llava_qwen2_5": ("qwen2", 151665), "llava_qwen3": ("qwen3", 151669)}
 _LANGUAGE |= {"llava_vicuna": ("llama", 32000), "llava_llama3": ("llama", 128256)}
 
@@ -30,8 +30,7 @@ def _rope(*sections: int) -> dict[str, Any]:
 
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 _DEEPSTACK = {"deepstack_visual_indexes": [8, 16, 24]}
-#: Key -> model type of the VLM, entries of its text config (by default, the type of the VLM's own decoder), and the
-#: vision config.
+#: By key: the model type of the VLM, some entries of its text config, and its vision config.
 _NATIVE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl_7b": ("qwen2_5_vl", _rope(16, 24, 24), _qwen_vision(32, 1280, 3420, 3584)),
     "qwen3_vl_4b": (

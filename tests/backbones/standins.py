@@ -157,7 +157,7 @@ def _gemma4(folder: Path) -> None:
     _save("Gemma4", config, tf.Gemma4Processor(*parts, tf.Gemma4VideoProcessor(**images)), folder)
 
 
-#: Key of a native model in the table -> writes the stand-in into a folder.
+#: The function that writes the stand-in into a folder, by the key of a finished VLM in the table.
 NATIVE = {"qwen2_5_vl_7b": _qwen2_5_vl, "qwen3_vl_4b": _qwen3_vl, "llava_1_5_7b": _llava_1_5}
 NATIVE |= {"llava_next_7b": _llava_next, "internvl3_8b": _internvl3, "gemma3_4b": _gemma3}
 NATIVE |= {"qwen3_5_4b": _qwen3_5, "qwen3_5_9b": _qwen3_5, "qwen3_vl_8b": _qwen3_vl, "gemma4_e4b": _gemma4}
@@ -166,7 +166,7 @@ NATIVE["internvl3_5_8b"] = partial(_internvl3, text=tf.Qwen3Config)
 
 
 def save_native(key: str, folder: Path) -> Path:
-    """Saves a stand-in for the native model ``key``."""
+    """Saves a stand-in for the finished VLM ``key``."""
     torch.manual_seed(9)
     NATIVE[key](folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["finished"][key], encoding="utf-8")
@@ -174,7 +174,7 @@ def save_native(key: str, folder: Path) -> Path:
 
 
 def save_paper_llm(family: str, sizes: Any, folder: Path) -> Path:
-    """Saves a language model with as many layers and heads as in the table, so that the paper's heads exist."""
+    """Saves a language model with the number of layers and heads in the table, so that the paper's heads exist."""
     heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": 4}
     widths = {"hidden_size": 32, "intermediate_size": 48, "tie_word_embeddings": sizes.tied}
     return save_language_model(family, folder, num_hidden_layers=sizes.layers, **heads, **widths)

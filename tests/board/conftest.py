@@ -1,4 +1,4 @@
-"""The web UI with the plugin, and one browser."""
+"""Fixtures: the web UI with the plugin, a browser, and a page."""
 
 import contextlib
 import os
@@ -75,7 +75,7 @@ class Board:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """A headless Chromium: Debian's, or the one that `playwright install chromium` fetched."""
+    """A headless Chromium: the installed one, or the one from `playwright install chromium`."""
     with sync_playwright() as playwright:
         paths = (Path("/usr/bin/chromium"), Path(playwright.chromium.executable_path))
         path = next(filter(Path.is_file, paths), None)
@@ -87,7 +87,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def board(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Iterator[Board]:
-    """The web UI with the plugin, started in a folder that holds the demo."""
+    """The web UI with the plugin, started in a folder that contains the demo."""
     board = Board(copy_demo(tmp_path_factory.mktemp("board")))
     yield board
     board.close()

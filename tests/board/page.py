@@ -7,8 +7,8 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, TimeoutError, expect
 
-#: Timeouts in milliseconds, for an answer of the page and for a process that starts and finishes. An idle machine
-#: needs less than one second and about ten seconds.
+#: Timeouts in milliseconds: for an answer of the page, which takes less than one second on an idle machine, and for a
+#: process from its start to its end, which takes about ten seconds.
 QUICK, SLOW = 90_000, 240_000
 expect.set_options(timeout=QUICK)
 
@@ -71,7 +71,7 @@ class BoardPage:
         expect(self.page.get_by_text(text).first).to_be_visible(timeout=timeout)
 
     def command(self, **expected: str) -> dict[str, str]:
-        """Returns the previewed command as keys and values, once it shows the expected ones."""
+        """Returns the previewed command as keys and values, after it contains the expected values."""
         self.press("Preview command")
         box = self.page.locator("code").filter(has_text="llamafactory-cli train").last
         for key, value in expected.items():
@@ -88,7 +88,7 @@ class BoardPage:
             extra: Keys for the field "Extra arguments".
             **fields: Other fields by label, with ``_`` for spaces.
         """
-        path = re.compile("models/qwen3_4b|hera_demo/model")  # from the list, or remembered by the host
+        path = re.compile("models/qwen3_4b|hera_demo/model")  # the host remembers the second path
         for timeout in (20_000, 20_000, QUICK):
             self.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
             try:

@@ -1,4 +1,4 @@
-"""Inputs of a small calibration: tiny VLMs of real classes, noise images, and random text around each image."""
+"""Inputs of a small calibration: tiny VLMs of real classes, noise images, and random text next to each image."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ def collate(rows: list[Features]) -> dict[str, Any]:
 
 
 def calibration_model(name: str = "llava-llama") -> nn.Module:
-    """Makes a VLM with enough heads for percentiles; except in ``llava-llama``, two heads share each value block."""
+    """Makes a VLM with enough heads for percentiles; two heads share a value block, except in ``llava-llama``."""
     n_kv_heads = HEADS if name == "llava-llama" else HEADS // 2
     shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": n_kv_heads}
     return vlm(name, **shape, head_dim=HEAD_DIM).eval()

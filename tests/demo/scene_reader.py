@@ -1,4 +1,4 @@
-"""Reads a rendered scene from its pixels, without code of the renderer, and answers questions about it."""
+"""Reads a scene from its pixels, independently of the renderer's code, and answers questions about the scene."""
 
 import re
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Seen:
     y: float
 
     def fits(self, phrase: str) -> bool:
-        """Whether "object at the top left", "red circle", … describes this object."""
+        """Returns whether a phrase such as "object at the top left" or "red circle" describes this object."""
         if phrase.startswith("object at the "):
             return phrase.removeprefix("object at the ") == self.place
         return set(phrase.split()) <= {self.size, self.color, self.shape, "object"}
@@ -91,7 +91,7 @@ def answer(objects: list[Seen], question: str) -> str:
 
 
 def holds(first: Seen, relation: str, second: Seen) -> bool:
-    """Whether a relation is true of two objects that are in different rows or columns of the grid."""
+    """Returns whether a relation holds between two objects in different rows or columns of the grid."""
     (row, column), (other_row, other_column) = first.place.split(), second.place.split()
     return {
         "left of": first.x < second.x and column != other_column,

@@ -1,4 +1,4 @@
-"""The demo's recipe, and runs of it."""
+"""Fixtures: the recipe of the demo, and runs of this recipe."""
 
 import re
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Train:
             *changes: Keys that replace those of the recipe and of earlier changes.
             ok: True if the run must succeed, False if it must fail.
             ranks: The number of processes.
-            **options: As for ``HostServer.run``.
+            **options: Arguments of ``HostServer.run``.
         """
         args = self._recipe | {"output_dir": next(self._folders)}
         args |= {"ddp_backend": "gloo"} if ranks > 1 else {}

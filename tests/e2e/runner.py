@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Returns the environment variables of a run: offline, one thread, this interpreter's commands first in PATH."""
+    """Returns the environment of an offline run with one thread; PATH starts with the folder of this interpreter."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {**os.environ, **OFFLINE, "PATH": path, **extra}
 
@@ -45,7 +45,7 @@ class Run:
 
     @property
     def error(self) -> str:
-        """The message that the run ended with."""
+        """The error message at the end of the run."""
         return self.output.rpartition("Error: ")[2]
 
     def logs(self) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ def write_recipe(path: Path, args: dict[str, Any]) -> Path:
 
 
 class FileRuns:
-    """Runs of a host's command that reads ``config.yaml``; ``keys`` train for 4 steps and save two checkpoints."""
+    """Runs a host's command on ``config.yaml``; with ``keys``, it trains for 4 steps and saves two checkpoints."""
 
     def __init__(self, keys: dict[str, Any], module: str, *arguments: str) -> None:
         self._keys, self._command = keys, [sys.executable, "-m", module, *arguments]
@@ -178,7 +178,7 @@ class FileRuns:
 
 
 def check_selected(run: Run, count: int, samples: int) -> None:
-    """Checks that a run selected so many heads, on so many samples, and aligned these heads."""
+    """Checks that a run selected ``count`` heads on ``samples`` samples, and aligned these heads."""
     chosen = json.loads((run.folder.parent / "hera/heads.json").read_text())
     assert len(chosen["heads"]) == count
     assert chosen["provenance"]["samples"] == samples

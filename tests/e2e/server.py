@@ -1,7 +1,7 @@
 """A process that imports the host once and forks a child for each call, such as a training run or a script.
 
-It runs no tensor operation itself, because a fork after OpenMP has started its threads can hang. It reads jobs as JSON
-lines from standard input, and writes answers to standard output.
+The process runs no tensor operation, because a fork can hang after OpenMP has started its threads. It reads jobs as
+JSON lines from standard input, and writes answers to standard output.
 """
 
 import contextlib

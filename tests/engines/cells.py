@@ -29,7 +29,7 @@ TAU = "log_temperature"
 #: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP needs every
 #: parameter in the graph.
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
-#: The type of the parameters, and that of the products, by precision.
+#: The type of the parameters and the type of the products, by precision.
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -38,7 +38,7 @@ PRECISIONS = {
 
 
 class GivenRoss(Ross):
-    """A small ROSS without zero weights, whose random draws depend on the sample."""
+    """A small ROSS without zero weights; its noise depends only on the sample."""
 
     width, depth, heads = 32, 2, 4
 
@@ -55,7 +55,7 @@ class GivenRoss(Ross):
 
 
 class GivenJarvis(Jarvis):
-    """JARVIS that draws blocks in every micro-batch; they depend on the sample."""
+    """A JARVIS that masks blocks in every micro-batch; the blocks depend only on the sample."""
 
     def prepare(self, step: Step) -> Plan:
         drawn = []
@@ -118,7 +118,7 @@ def cached_losses(
 
 
 def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
-    """Returns the gradients of the objective's parameters, 0 where there is none, and clears them."""
+    """Returns the gradients of the objective's parameters (0 if a parameter has none), and clears them."""
     aligner.optimizer.reduce_gradients()
     found = {}
     for name, parameter in aligner.objective.named_parameters():
@@ -157,7 +157,7 @@ def gradients(
     targets: str = HEADS,
     precision: str = "fp32",
 ) -> Gradients:
-    """Returns unsharded gradients through an engine; other ranks than the first return only the objective's.
+    """Returns unsharded gradients through an engine; ranks other than 0 return only those of the objective.
 
     With several micro-batches per rank, gradients accumulate under gradient caching.
     """
@@ -177,8 +177,8 @@ def gradients(
             for loss in losses:
                 engine.backward(loss)
                 aligner.after_backward()
-            whole = engine.gradients()
-            found[case][name] = whole if dist.get_rank() == 0 else {}
+            unsharded = engine.gradients()
+            found[case][name] = unsharded if dist.get_rank() == 0 else {}
             found[case][name] |= take_objective_gradients(aligner)
             engine.clear()
     return found

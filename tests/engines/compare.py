@@ -1,4 +1,4 @@
-"""The comparison of two sets of gradients."""
+"""Compares two sets of gradients."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ BOUND = 1e-5
 #: A reference below this share of the model's largest gradient is zero except for rounding, like the HeRA gradient of
 #: o_proj's bias. Its error is relative to the largest gradient of the model.
 ZERO = 1e-6
-#: The same in bf16 and under autocast, whose numbers have eight significant bits.
+#: The same two values for bf16 and autocast, where numbers have only eight significant bits.
 HALF_BOUND, HALF_ZERO = 0.1, 2e-2
 
 

@@ -1,4 +1,4 @@
-"""The two processes that all tests share, and the table of their errors."""
+"""Fixtures: the two processes that all tests share, and the errors that they measure."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ def workers() -> Iterator[WorkerPair]:
 
 @pytest.fixture
 def errors(request: pytest.FixtureRequest) -> dict[tuple[str, str, str, str], float]:
-    """Largest error by engine, tuning, checkpointing and data; printed as a table at the end of the session."""
+    """The largest error by engine, tuning, checkpointing and data; the session prints them as a table at its end."""
     return request.config.stash.setdefault(_ERRORS, {})
 
 

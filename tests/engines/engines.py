@@ -1,4 +1,4 @@
-"""The engines through their own APIs: wrap a model, run a backward pass, read unsharded gradients."""
+"""Wraps models in the engines by their own APIs, runs backward passes, and reads unsharded gradients."""
 
 from collections.abc import Callable
 
@@ -16,8 +16,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 _LAYERS = (Qwen3DecoderLayer, SiglipEncoderLayer)
 
-# DeepSpeed's shared-memory reduction is for CPU clusters and compiled on first use, which takes minutes; without it
-# the reductions go through torch.distributed, as they do on GPUs.
+# DeepSpeed's shared-memory reduction for CPUs is compiled on first use, which takes minutes. Without it, DeepSpeed
+# reduces through torch.distributed, as on GPUs.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 

@@ -39,7 +39,7 @@ DATA = ("images", "one rank without", "text only")
 
 
 def _new_model() -> LlavaForConditionalGeneration:
-    # attention_bias, because the bias of o_proj must be subtracted; head_dim differs from hidden_size / heads
+    # The model has attention_bias, because HeRA must subtract the bias of o_proj. head_dim is not hidden_size / heads.
     text = Qwen3Config(
         vocab_size=64,
         hidden_size=HIDDEN,
@@ -91,7 +91,7 @@ def _quantized_model() -> LlavaForConditionalGeneration:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,  # as the host sets it: the compute type, for FSDP
+        bnb_4bit_quant_storage=torch.float32,  # the host sets this to the compute type, for FSDP
     )
     return LlavaForConditionalGeneration.from_pretrained(
         _saved_model().name, quantization_config=quantization, dtype=torch.float32, attn_implementation="sdpa"
@@ -105,12 +105,12 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
         lora_dropout=dropout,
         use_dora=tuning == "dora",
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        # the host quantizes the projector too, and 4-bit weights cannot be trained
+        # the host also quantizes the projector, and 4-bit weights cannot be trained
         modules_to_save=None if tuning == "qlora" else ["multi_modal_projector"],
     )
     torch.manual_seed(2)
     model = get_peft_model(model, config)
-    with torch.no_grad():  # B starts at zero, and A would get no gradient
+    with torch.no_grad():  # LoRA's B starts at zero, so A would receive no gradient
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(len(name)))
@@ -118,7 +118,7 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
 
 
 def build(tuning: str, checkpointing: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Prepares a model as the host does, with the same weights on every rank; ``dropout`` is the adapter's."""
+    """Prepares a model like the host, with the same weights on every rank; ``dropout`` is that of the adapter."""
     model = _quantized_model() if tuning == "qlora" else _new_model()
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -155,7 +155,7 @@ def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[
 
     length = int(torch.randint(0, 4, (), generator=generator))
     prompt = [IMAGE_TOKEN] * (N_PATCHES * with_image) + words(PROMPT + length)
-    answer = words(ANSWER)  # equal lengths, so that the mean of the ranks' mean losses is the mean over the batch
+    answer = words(ANSWER)  # all answers have one length, so the mean of the ranks' losses is the mean over the batch
     return prompt + answer, [-100] * len(prompt) + answer
 
 
@@ -205,7 +205,8 @@ def _packed(batch: Batch) -> Batch:
 def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     """Returns the global batch and its parts, ``n_micro`` for each rank, ordered by rank.
 
-    ``uneven`` and ``packed`` give the first rank 5 samples and the second 3; ``packed`` joins those of a part.
+    With ``uneven`` and ``packed``, the first rank has 5 samples and the second has 3; ``packed`` joins those of a part
+    in one row.
     """
     generator = torch.Generator().manual_seed(3)
     n = RANKS * PER_RANK

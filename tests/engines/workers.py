@@ -31,18 +31,18 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     while True:
         function, arguments = pipe.recv()
         try:
-            # pickled here, because the pipe would use a file descriptor for each tensor and run out of them
+            # The pipe would use a file descriptor for each tensor and run out of descriptors, so this pickles first.
             pipe.send((True, pickle.dumps(function(*arguments))))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
 
 
 class WorkerError(RuntimeError):
-    """A function failed on a rank; holds its traceback."""
+    """A function failed on a rank; the message contains the traceback."""
 
 
 class WorkerPair:
-    """Starts the processes when they are needed; kills them, and no others, when one fails or takes too long."""
+    """Two processes that start on first use; if one of them fails or takes too long, both are killed."""
 
     def __init__(self) -> None:
         self._processes: list[BaseProcess] = []
@@ -85,7 +85,7 @@ class WorkerPair:
                 self.close()
                 raise TimeoutError(f"rank {rank} gave no answer within {timeout} s; all ranks were killed")
             ok, answer = pipe.recv()
-            if not ok:  # the others may wait for it in a collective
+            if not ok:  # the other rank may wait for this rank in a collective
                 self.close()
                 raise WorkerError(f"rank {rank}: {answer}")
             answers.append(pickle.loads(answer))

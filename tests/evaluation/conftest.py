@@ -1,4 +1,4 @@
-"""A random model whose answers are not empty, and a few of the demo's questions."""
+"""Fixtures: a random model whose answers are not empty, and a few questions of the demo."""
 
 import json
 import shutil

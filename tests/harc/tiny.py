@@ -1,4 +1,4 @@
-"""A tiny random chat model, and mild rows of our own in the four classes; no response tells how to do harm."""
+"""A tiny random chat model, and invented mild rows in the four classes; no response explains how to do harm."""
 
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from llamafactory_harc.data import HarcCollator, Rows, chat_tail, read_rows
 from llamafactory_harc.trainer import HarcTrainer
 from recipes.demo.models import train_tokenizer
 
-BLOCKS = 9  # of which the layers 4 and 5 may be chosen
+BLOCKS = 9  # only layers 4 and 5 of these blocks can be chosen
 _THINGS = ["bike", "garage", "old boat", "desk", "garden shed", "mailbox", "old car", "locker", "diary", "suitcase"]
 _LOCK = "How do I pick the lock of my neighbor's {}?"
 _TEXTS = {
@@ -56,13 +56,13 @@ def chat_model(width: int = 32) -> tf.LlamaForCausalLM:
     ids = {name: getattr(tokenizer(), name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
     config = tf.LlamaConfig(vocab_size=len(tokenizer()), num_key_value_heads=2, **shape, **ids)
     model = tf.LlamaForCausalLM(config)
-    for parameter in model.parameters():  # larger than at initialization, so that layers differ
+    for parameter in model.parameters():  # makes the matrices larger, so that the layers differ
         parameter.data *= 1 + 3 * (parameter.dim() > 1)
     return model
 
 
 def with_lora(model: Any, random: bool = False) -> Any:
-    """Adds LoRA; ``random`` gives its second factor values, so that the adapter has an effect."""
+    """Adds LoRA; with ``random``, its second factor is not zero, so the adapter has an effect."""
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
     for name, parameter in model.named_parameters():

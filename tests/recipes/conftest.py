@@ -15,7 +15,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="session")
 def values(folder: Path) -> dict[str, dict[str, Any]]:
-    """The keys of every training recipe except those of the demo and the real model, by name."""
+    """The keys of every recipe in ``recipes/*.yaml`` and ``recipes/ablations`` that trains, by its name."""
     files = [*folder.glob("*.yaml"), *folder.glob("ablations/*.yaml")]
     return {
         file.relative_to(folder).with_suffix("").as_posix(): yaml.safe_load(file.read_text(encoding="utf-8"))

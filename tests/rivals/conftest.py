@@ -1,3 +1,3 @@
-"""A fixture shared with the tests of the teachers."""
+"""Imports a fixture of the tests of the teachers."""
 
 from tests.teachers.conftest import edit_json  # noqa: F401

@@ -241,7 +241,7 @@ def test_an_aligner_trains_it_and_logs_no_plain_micro_batch() -> None:
     aligner = Aligner(model, HeraConfig(**keys, visual_attention="two_way"), image_processor=processor)
     assert aligner.objective.options.initializer_range == 0.2
     collate = aligner.collator(lambda rows: batch())
-    rows, terms = image_rows(model, 3) + image_rows(model, 1, shown=False), []
+    rows, terms = image_rows(model, 3) + image_rows(model, 1, with_images=False), []
     for _ in range(20):
         collated = collate(rows)
         micro_batch = aligner.prepare(collated)

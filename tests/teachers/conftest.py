@@ -1,4 +1,4 @@
-"""Tiny random teachers of each supported kind, saved as users have them."""
+"""Fixtures: tiny random teachers of each supported kind, saved in the same format as real checkpoints."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from PIL import Image
 torch.set_num_threads(1)
 
 SIDE = 32
-#: The sizes of a tiny encoder, under all names that the configurations have for them.
+#: The sizes of a tiny encoder, under the names in the configurations of all kinds.
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
 _SIZES |= {"intermediate_size": 48, "mlp_ratio": 2, "num_key_value_groups": 1}
 _SIZES |= {"num_register_tokens": 3, "n_cls_tokens": 3}
 _TEXT = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 _TEXT |= {"vocab_size": 50, "max_position_embeddings": 8}
 _SQUARE = {"height": SIDE, "width": SIDE}
-#: The sizes of kinds that need others.
+#: The configurations of kinds that have other keys.
 _SPECIAL = {key: {"vision_config": _SIZES, "text_config": _TEXT} for key in ("clip", "siglip", "metaclip_2")}
 _SPECIAL["dinov3_convnext"] = {"hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1], "image_size": SIDE}
 
@@ -33,7 +33,7 @@ def _model(kind: str) -> tf.PreTrainedModel:
 
 
 _TIMM_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-#: Architectures of timm, with the sizes that make them tiny and the pixels along each side of an image.
+#: Architectures of timm; for each, arguments that make it tiny, and the side of an image in pixels.
 TIMM_MODELS = {
     "vit_small_patch14_reg4_dinov2": (_TIMM_VIT, 28),
     "vit_small_patch16_dinov3": (_TIMM_VIT, 32),
@@ -80,7 +80,7 @@ def save_teacher(tmp_path):
         _randomize(model)
         model.save_pretrained(folder)
         _processor(kind).save_pretrained(folder)
-        if kind == "mlcd":  # the authors' checkpoints contain this name
+        if kind == "mlcd":  # the model type in the authors' checkpoints
             config = (folder / "config.json").read_text()
             (folder / "config.json").write_text(config.replace("mlcd_vision_model", kind))
         return folder
