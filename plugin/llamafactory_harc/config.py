@@ -28,38 +28,28 @@ class HarcConfig(KeyedConfig):
     )
     layers: str = knob(
         AUTO,
-        "Layers to couple. auto takes the layers with the highest scores, and chooses again after every refresh; or "
-        "give names such as L25,L26, counted as in the paper: L25 is the input of block 25, which is the output of "
-        "block 24.",
+        "Layers to couple. auto takes those with the highest scores, again after every refresh; or give names such as "
+        "L25,L26. As in the paper, L25 is the input of block 25, which is the output of block 24.",
     )
     n_layers: int = knob(2, "Number of layers that auto takes.", at_least=1)
     late_layers: int = knob(4, "Number of layers that auto takes from step harc_late_from on.", at_least=1)
     late_from: int = knob(500, "The step from which on auto takes harc_late_layers layers.", at_least=0)
     margin: float = knob(
-        0.5,
-        "The loss pushes the cosines of harmful rows above this value, and those of other rows to 0 or below.",
-        at_least=0,
-        at_most=1,
+        0.5, "The loss pushes cosines of harmful rows above this, others to 0.", at_least=0, at_most=1
     )
     coupling_weight: float = knob(1.0, "Weight of the coupling at the prompt.", at_least=0)
     response_weight: float = knob(1.0, "Weight of the coupling over the response.", at_least=0)
     kl_weight: float = knob(10.0, "Weight of the KL term, which keeps benign answers.", at_least=0)
     refresh: int = knob(100, "Number of steps between extractions of directions; 0 never repeats them.", at_least=0)
-    refresh_share: float = knob(
-        0.3, "Share of the new directions in their mixture with the directions of the base model.", at_most=1
-    )
+    refresh_share: float = knob(0.3, "Share of new directions in their mixture with the base model's.", at_most=1)
     window: int = knob(32, "Number of tokens at the start of a response that HARC averages.", at_least=1)
     length: int = knob(
         256,
-        "Largest number of tokens of a prompt, and of a response without its end token. A longer prompt loses its "
-        "beginning, and a longer response its end.",
+        "Most tokens of a prompt, which loses its beginning, and of a response, which keeps its end token.",
         at_least=8,
     )
     extract_samples: int = knob(
-        300,
-        "Number of harmful, harmless and compliant rows that define the directions, at most half of the harmful and "
-        "of the harmless rows. HARC does not train on these rows.",
-        at_least=1,
+        300, "Rows of each class, at most half of them, that define the directions and are not trained on.", at_least=1
     )
 
     @property

@@ -13,10 +13,7 @@ def cosines(rows: Tensor, directions: Tensor) -> Tensor:
 
 
 def coupling(refusal: Tensor, harm: Tensor, harmful: Tensor, margin: float) -> Tensor:
-    """Averages hinge losses of the cosines ``[S, B]``.
-
-    They push both cosines of a harmful row above the margin, and those of other rows below 0.
-    """
+    """Averages hinges that push the cosines ``[S, B]`` of harmful rows above the margin, and others below 0."""
     pair = torch.stack([refusal, harm])
     return torch.where(harmful, (margin - pair).relu(), pair.relu()).sum(0).mean()
 
