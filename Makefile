@@ -1,16 +1,16 @@
-# Everything a fresh clone needs; each target sets up what it uses.
-#   make demo        build the tiny demo, train with and without HeRA, compare (CPU, minutes after set-up)
-#   make study       compare the objectives in a rendered world, STUDY=smoke|default (CPU: docs/study.md)
-#   make real        HeRA on SmolLM2-135M, REAL=smoke|default|full (CPU: docs/real_model.md)
-#   make test        every test, those in a browser too
-#   make test-fast   the tests of the method, in this process and without a host
-#   make test-host HOST=<folder>   every test on that checkout of LLaMA-Factory
-#   make test-latest the tests of the method and of transformers' and TRL's trainers on their newest releases
-#   make test-axolotl  the plugin in axolotl, which needs Python 3.12: PYTHON312=<path> where PATH has no python3.12
-#   make test-swift  the plugin in ms-swift, which needs newer datasets than LLaMA-Factory allows
-#   make lint        ruff, import-linter, deptry, mypy
-#   make docs        the site of the documentation, in artifacts/site
-#   make release     wheels and sdists of both distributions, in dist, checked as a package index would
+# All commands for a clone; each target first installs what it needs.
+#   make demo          builds a tiny demo, trains with and without HeRA, and compares (CPU, minutes; recipes/README.md)
+#   make study         compares the objectives in a rendered world; STUDY=smoke|default (CPU; docs/study.md)
+#   make real          trains SmolLM2-135M with HeRA; REAL=smoke|default|full (CPU; docs/real_model.md)
+#   make test          runs all tests, including those in a browser
+#   make test-fast     runs the quick tests of the method, without a host
+#   make test-host HOST=<folder>   runs all tests on a checkout of LLaMA-Factory
+#   make test-latest   runs the tests of the method and of the trainers of transformers and TRL on the newest releases
+#   make test-axolotl  tests the plugin in axolotl, with Python 3.12; PYTHON312=<path> if PATH has no python3.12
+#   make test-swift    tests the plugin in ms-swift, which needs a newer `datasets` than LLaMA-Factory allows
+#   make lint          runs ruff, import-linter, deptry and mypy
+#   make docs          builds the site of the documentation in artifacts/site
+#   make release       builds wheels and sdists of both distributions in dist, and checks their metadata
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ CHROMIUM := $(VENV)/.chromium
 STUDY ?= default
 REAL ?= default
 WORKERS ?= 2
-# a file's tests share what it sets up, so a worker takes whole files
+# the tests of a file share its fixtures, so one worker runs the entire file
 TESTS := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST := $(BIN)/python $(TESTS)
 LATEST ?= transformers peft accelerate trl
@@ -29,14 +29,15 @@ AXOLOTL ?= 0.21.0
 PYTHON312 ?= python3.12
 METHOD_TESTS := $(addprefix tests/,alignment heads objectives teachers training selection)
 
-# caches stay inside the project; nothing here needs a hub
+# caches stay inside the project, and no target needs a model hub
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export HF_HUB_OFFLINE := 1
-# the host starts torchrun by name on several devices
+# with several devices, the host starts `torchrun` from PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-# $(call layer,folder,packages): an environment over that of `make setup`, in which the packages come first and torch stays
+# $(call layer,folder,packages): makes an environment on top of that of `make setup`. The given packages replace those of
+# the lower environment, and torch stays the same.
 define layer
 	rm -rf $(1)
 	$(BIN)/python -m venv --without-pip $(1)
@@ -63,11 +64,11 @@ $(STAMP): constraints.txt pyproject.toml patches/pyproject.toml $(addprefix patc
 demo: $(STAMP)
 	@$(BIN)/python recipes/demo --compare
 
-# resumes where it was stopped
+# a stopped run continues when the command is repeated
 study: $(STAMP)
 	$(BIN)/python recipes/study --size $(STUDY)
 
-# resumes where it was stopped
+# a stopped run continues when the command is repeated
 real: $(REAL_STAMP)
 	@$(BIN)/python recipes/real $(REAL)
 
@@ -76,7 +77,7 @@ $(REAL_STAMP): $(STAMP)
 	  || { echo "real: the packages of [real] cannot be installed ($@.log); run it again with a network connection" >&2; exit 2; }
 	@touch $@
 
-# a browser for tests/board: the system's, else Debian's (as root), else Playwright's own download
+# the browser for tests/board: the installed one, or Debian's package if the user is root, or Playwright's download
 $(CHROMIUM): $(STAMP)
 	test -x /usr/bin/chromium \
 	  || { test "$$(id -u)" = 0 && apt-get update && apt-get install -y chromium; } \
@@ -94,21 +95,21 @@ test-host: $(if $(HOST),$(STAMP) $(CHROMIUM))
 	$(call layer,.venv-host,$(HOST))
 	$(call test_in,.venv-host)
 
-# the host forbids these versions, so its tests stay away
+# LLaMA-Factory forbids these versions, so its tests are left out
 test-latest: $(STAMP)
 	$(call layer,.venv-latest,$(LATEST))
 	$(call test_in,.venv-latest,$(METHOD_TESTS) $(wildcard tests/integrations/test_tr*.py))
 
-# axolotl pins every version, torch's too, so its environment shares nothing with that of `make setup` (8 GB)
+# axolotl pins every version, including that of torch, so it has a complete environment of its own (8 GB)
 test-axolotl:
 	@$(PYTHON312) -c "import sys; sys.exit(sys.version_info < (3, 12))" 2> /dev/null \
-	  || { echo "test-axolotl: $(PYTHON312) is no Python 3.12, which axolotl needs; add PYTHON312=<path of one>" >&2; exit 2; }
+	  || { echo "test-axolotl: $(PYTHON312) is not Python 3.12, which axolotl needs; add PYTHON312=<path of a Python 3.12>" >&2; exit 2; }
 	test -x .venv-axolotl-$(AXOLOTL)/bin/python || $(PYTHON312) -m venv .venv-axolotl-$(AXOLOTL)
 	.venv-axolotl-$(AXOLOTL)/bin/python -m pip install --quiet axolotl==$(AXOLOTL) torchvision pytest pytest-timeout \
 	  pytest-xdist --editable ".[demo]"
 	$(call test_in,.venv-axolotl-$(AXOLOTL),tests/integrations/test_axolotl.py)
 
-# LLaMA-Factory, with which the hosts' test compares ms-swift, would refuse the newer datasets
+# test_hosts.py compares ms-swift with LLaMA-Factory, which would refuse this version of datasets
 test-swift: export DISABLE_VERSION_CHECK := 1
 test-swift: $(STAMP)
 	$(call layer,.venv-swift,ms-swift==4.6.0 qwen_vl_utils datasets==4.8.4)
@@ -121,26 +122,26 @@ lint: $(STAMP)
 	$(BIN)/deptry .
 	$(BIN)/mypy
 
-# the site reads the package but does not import it, so it needs none of its dependencies, and a release needs none
+# neither the site nor a release imports the package, so this environment lacks the package's dependencies
 $(DOCS)/.installed: constraints.txt
 	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material 'mkdocstrings[python]' ruff build hatchling twine
 	touch $@
 
-# of the files that git knows or would take; a link that leads nowhere is an error
+# builds the site from the files that git tracks or would add; a broken link is an error
 docs: $(DOCS)/.installed
 	rm -rf .cache/docs && mkdir -p .cache/docs
 	git ls-files -co --exclude-standard '*.md' constraints.txt docs recipes | xargs cp --parents -t .cache/docs
 	SITE_NAME="llamafactory-hera $$(sed -n 's/^__version__ = "\(.*\)"/\1/p' plugin/llamafactory_hera/__init__.py)" \
 	  NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --config-file docs/mkdocs.yml
-	@echo "artifacts/site/index.html; to search in it, too: $(PYTHON) -m http.server --directory artifacts/site"
+	@echo "artifacts/site/index.html; the search works only with: $(PYTHON) -m http.server --directory artifacts/site"
 
 release: $(DOCS)/.installed
 	rm -rf dist
 	for project in . patches; do $(DOCS)/bin/python -m build --no-isolation --outdir dist $$project || exit 1; done
 	$(DOCS)/bin/python -m twine check --strict dist/*
 
-# lines and files of each room
+# prints the number of lines and files of each room
 lines:
 	@for room in plugin/llamafactory_hera/*/ plugin/llamafactory_hera/integrations/*/ patches tests benchmarks recipes/demo \
 		recipes/study recipes/real recipes/generate; do git ls-files $$room | grep '\.py$$' | xargs cat | wc -l | tr '\n' ' '; \

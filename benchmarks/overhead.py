@@ -27,6 +27,7 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
+from llamafactory_hera.integrations.method_trainer import MethodTrainerMixin
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.objectives import find
 from llamafactory_hera.training import HeraCollator
@@ -71,7 +72,7 @@ class Bench:
             aligner.capture.install()
         aligner.teacher.cache = self.cache if kind == CACHED else None
         started, cpu_started = time.perf_counter(), time.process_time()
-        owner = super(HeraTrainerMixin, trainer) if kind == SFT else trainer  # the step of the host, or of HeRA
+        owner = super(MethodTrainerMixin, trainer) if kind == SFT else trainer  # the step of the host, or of HeRA
         for micro in range(self.accumulate):
             rows = self.batches[(number * self.accumulate + micro) % N_BATCHES]
             owner.training_step(model, self.collators[kind]([dict(sample) for sample in rows]))
@@ -135,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     def measure(trainer: HeraTrainerMixin, **_: Any) -> None:
-        super(HeraTrainerMixin, trainer).train()
+        super(MethodTrainerMixin, trainer).train()
         print_row(Bench(trainer, options.accumulate), options.rounds)
         raise Finished
 

@@ -221,5 +221,5 @@ class _LogitsCapture(Hooks):
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if torch.is_grad_enabled():
-            self.kept = output.logits
+            self.kept = getattr(output, "logits", None)  # a fused loss returns none
         return output

@@ -10,7 +10,7 @@ from recipes.demo.build import SIZES, build_demo  # noqa: E402
 
 
 def main() -> int:
-    """Runs the command; returns 0, or 2 if the folder must not be replaced."""
+    """Runs the command; returns 0, or 2 if the folder cannot be written or must not be replaced."""
     parser = argparse.ArgumentParser(prog="python recipes/demo", description=__doc__)
     parser.add_argument("--output", default="hera_demo", help="folder to create (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
@@ -28,7 +28,7 @@ def main() -> int:
             print(compare(options.seed, options.size, options.force))
             return 0
         paths = build_demo(options.output, options.seed, options.size, options.force)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{name}: {path}" for name, path in paths.items()))

@@ -52,7 +52,7 @@ def build_demo(
     Raises:
         ValueError: The folder exists and is not the demo of this seed and size or, with ``force``, not a demo at all.
     """
-    root, request = Path(output_dir).absolute(), {"seed": seed, "size": size}
+    root, request = Path(output_dir).resolve(), {"seed": seed, "size": size}
     if _is_built(root, request, force):
         print(f"[hera demo] {output_dir} exists already (seed {seed}, size {size})", flush=True)
         return _paths(root)

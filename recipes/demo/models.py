@@ -58,7 +58,7 @@ def reproducible(seed: int) -> Iterator[None]:
     """Seeds PyTorch on the CPU and uses one thread; restores the random state and number of threads at the end."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**64)
         torch.set_num_threads(1)  # with more threads, sums may be split and rounded differently
         try:
             yield

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from recipes.demo import build
 from recipes.demo.dataset import Amounts
 from recipes.demo.scenes import HELD_OUT_COLOR, caption, render, sample_scene, split_questions
+from tests.e2e.runner import ROOT
 
 from .scene_reader import WORDS, answer, holds, read, read_caption
 
@@ -91,3 +93,18 @@ def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path
     (tmp_path / "work/thesis.txt").touch()
     with pytest.raises(ValueError, match=r"work exists and contains no demo; choose another folder"):
         build.build_demo(tmp_path / "work", size="test", force=True)
+
+
+def test_a_folder_that_cannot_be_written_ends_with_one_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["demo", "--size", "test", "--output", "/proc/nothing/demo"])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        runpy.run_path(str(ROOT / "recipes/demo"), run_name="__main__")
+    assert capsys.readouterr().err.startswith("demo: [Errno 2] ")
+
+
+def test_a_link_is_followed_and_any_integer_is_a_seed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(build.SIZES, "test", FEW)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    build.build_demo(tmp_path / "link", seed=10**20, size="test")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target/demo.json").is_file()
