@@ -180,7 +180,7 @@ def train_tower(data: Path, folder: Path, source: Path, steps: Path) -> None:
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]  # mean and deviation 0.5, like the teacher's
     views, targets = [], []
     with torch.inference_mode():
-        for batch in pixels.repeat(_VIEWS, 1, 1, 1).split(_BATCH):
+        for batch in pixels.repeat(_VIEWS, 1, 1, 1)[: int(str(steps)) * _BATCH].split(_BATCH):
             affine = torch.zeros(len(batch), 2, 3)
             scale = torch.empty(len(batch)).uniform_(0.6, 1.1)
             affine[:, 0, 0] = scale * (torch.randint(0, 2, scale.shape) * 2 - 1)  # half of them mirrored
