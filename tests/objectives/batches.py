@@ -1,7 +1,5 @@
 """Small batches for objectives."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -18,5 +16,5 @@ def pooled(z: Tensor, teacher: Tensor, valid: Tensor | None = None, k: int = 2) 
     valid = torch.ones(len(teacher), dtype=torch.bool) if valid is None else valid
     z = torch.where(valid.view(1, -1, 1), z, 0.0)
     teacher = torch.where(valid.view(-1, 1), teacher, 0.0)
-    find = partial(teacher_candidates, teacher, valid, k, True, None, None)
-    return PooledBatch(z, z, teacher, valid, slice(0, len(valid)), z, True, find)
+    candidates = teacher_candidates(teacher, valid, k, True)
+    return PooledBatch(z, z, teacher, valid, slice(0, len(valid)), z, candidates, True)

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -45,18 +44,8 @@ class PooledBatch:
     valid: Tensor  #: boolean ``[N]``, true if the sample has an image and pooled tokens
     rows: slice  #: the n samples of this process
     own: Tensor  #: ``[n_targets, n, D]``: ``z[:, rows]``, but with gradients that never leave this process
+    candidates: Candidates  #: the candidates of each of the n samples, and its neighbors in the teacher's space
     normalize: bool  #: true for cosine similarity, false for the dot product
-    find_candidates: Callable[[slice], Candidates]
-
-    @cached_property
-    def own_candidates(self) -> Candidates:
-        """The candidates of each sample of this process and, among them, its neighbors in the teacher's space."""
-        return self.find_candidates(self.rows)
-
-    @cached_property
-    def candidates(self) -> Candidates:
-        """The same for all N samples; computed on first use, because it takes memory quadratic in N."""
-        return self.find_candidates(slice(0, self.z.shape[1]))
 
 
 class Objective(nn.Module, ABC):

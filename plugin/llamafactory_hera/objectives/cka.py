@@ -22,4 +22,4 @@ class CKA(Objective):
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Expects gradients only if the batch contains at least two different images."""
-        return super().gradient_expected(batch) & batch.own_candidates.allowed.any()
+        return super().gradient_expected(batch) & batch.candidates.allowed.any()

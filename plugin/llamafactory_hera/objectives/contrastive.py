@@ -32,7 +32,7 @@ class Contrastive(Objective):
         three facts: both samples of a pair have the same similarity, each is a candidate of the other, and the other
         process sends the sums and the neighbors of its samples.
         """
-        found, temperature, n_all = batch.own_candidates, self.log_temperature.exp(), batch.z.shape[1]
+        found, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
         similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
         losses, logits, sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
         sent = torch.cat([sums.detach().T, found.neighbors.to(sums)], dim=1)
@@ -49,7 +49,7 @@ class Contrastive(Objective):
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Returns which samples of this process have a neighbor and thus enter the loss."""
-        return batch.own_candidates.known
+        return batch.candidates.known
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Expects gradients if every valid sample of this process has a neighbor."""

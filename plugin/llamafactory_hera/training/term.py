@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class HeraTerm:
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
         batch, image_ids = self._batch(representations, teacher, valid, n_rows, keys)
-        found, n_targets = batch.own_candidates, len(batch.own)
+        found, n_targets = batch.candidates, len(batch.own)
         agreement = found.agreement(batch.z_all, self.normalize).sum(dim=1)
         statistics = (agreement, found.chance.sum(), found.known.sum(), found.duplicates)
         losses = self.objective(batch)
@@ -123,9 +122,9 @@ class HeraTerm:
             z_all, filled = torch.cat([z, older.to(z)], dim=1), filled.to(valid)
             all_teacher = torch.cat([teacher, older_teacher.to(teacher)])
             all_ids = torch.cat([ids, older_ids.to(ids)])
-        find = partial(teacher_candidates, all_teacher, valid, self.k, self.normalize, filled, all_ids)
         rows = slice(rank() * own.shape[1], (rank() + 1) * own.shape[1])
-        return PooledBatch(z, z_all, teacher, valid, rows, own, self.normalize, find), ids
+        candidates = teacher_candidates(all_teacher, valid, self.k, self.normalize, filled, all_ids, rows)
+        return PooledBatch(z, z_all, teacher, valid, rows, own, candidates, self.normalize), ids
 
 
 def _image_ids(keys: Tensor) -> Tensor:
