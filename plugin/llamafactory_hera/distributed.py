@@ -1,5 +1,6 @@
 """The processes of a launch, and the gathering of their samples into the global batch with gradients."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -103,7 +104,9 @@ def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Averages each value, by the same names, over the processes that know it; NaN marks an unknown value."""
+    if world_size() == 1:  # without a copy to the device, and without rounding
+        return {name: value for name, value in values.items() if not math.isnan(value)}
     names = sorted(values)
-    own = torch.tensor([values[name] for name in names], dtype=torch.float64, device=device)
-    sums, counts = sum_over_ranks(own.where(~own.isnan(), 0.0), (~own.isnan()).double())
+    own = torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)
+    sums, counts = sum_over_ranks(own.where(~own.isnan(), 0.0), (~own.isnan()).float())
     return {name: total / n for name, total, n in zip(names, sums.tolist(), counts.tolist(), strict=True) if n}
