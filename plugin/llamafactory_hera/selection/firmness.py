@@ -136,5 +136,4 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
         ranks.append((np.cumsum(sizes) - (sizes - 1) / 2)[places])  # equal values share their mean rank
     if min(len(np.unique(each)) for each in ranks) < 2:
         return None
-    first, second = (each - each.mean() for each in ranks)
-    return round(float(first @ second / np.sqrt(first @ first * (second @ second))), 4)
+    return round(float(np.asarray(np.corrcoef(ranks))[0, 1]), 4)
