@@ -1,7 +1,7 @@
 """The changes that show HeRA in the host's web UI; training works without them.
 
-The host hard-codes its lists, its labels and the values that it sends. Imports of the plugin wait until a patch is
-applied.
+They are needed because the host hard-codes its lists, its labels and the values that it sends. Each patch imports the
+plugin only when it is applied.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def train_tab(module: Any) -> None:
 
 @patch("llamafactory.webui.runner", functions={"Runner._parse_train_args": "self data"})
 def runner(module: Any) -> None:
-    """Sends HeRA's fields with a run."""
+    """Adds the values of HeRA's fields to the settings of a run."""
     from llamafactory_hera.integrations.llamaboard.fields import with_fields
 
     @around(module.Runner)

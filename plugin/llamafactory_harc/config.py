@@ -45,7 +45,7 @@ class HarcConfig(KeyedConfig):
     window: int = knob(32, "Number of tokens at the start of a response that HARC averages.", at_least=1)
     length: int = knob(
         256,
-        "Most tokens of a prompt, which loses its beginning, and of a response, which keeps its end token.",
+        "Maximum length of a prompt, which loses its beginning, and of a response, which keeps its end token.",
         at_least=8,
     )
     extract_samples: int = knob(

@@ -59,7 +59,7 @@ class Coupler:
         #: The base model's directions ``[4, n, D]``; None before they are extracted.
         self.base = None if config.directions == AUTO else geometry.load(config.directions)
         if self.base is not None and self.base.shape[1:] != (layout.n_layers, layout.hidden_size):
-            raise ValueError(f"harc_directions: {config.directions} has those of another model; extract again.")
+            raise ValueError(f"harc_directions: {config.directions} belongs to another model; extract again.")
         #: The directions of the last refresh.
         self.directions: Any = self.base
         #: True if no row of the latest micro-batch has a label, so that a mean over labels is not a number.
@@ -74,13 +74,13 @@ class Coupler:
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
             return None
-        self.after_backward()  # of a micro-batch that failed
+        self.after_backward()  # discards what a failed micro-batch has left
         harmful = inputs["harc_harmful"]
         capture = self._updated(harmful.device)
         self.unlabeled = not bool(harmful.any())
         tokens = inputs["harc_response"] & ~harmful.unsqueeze(1)
         rows = tokens.any(dim=1)
-        rows[0] |= ~rows.any()  # under ZeRO-3, every process takes part in a pass
+        rows[0] |= ~rows.any()  # ZeRO-3 needs every process in each pass, so at least one row always runs
         with self._model.disable_adapter():
             logits = self._forward(batch["input_ids"][rows], batch["attention_mask"][rows])
         capture.pool(reading_mask(inputs, self.config.window))
@@ -110,7 +110,7 @@ class Coupler:
         return config.coupling_weight * at_prompt + config.response_weight * over_response + config.kl_weight * kl
 
     def after_backward(self) -> None:
-        """Stops reading. A step without gradient is legal: all cosines may be beyond the margin."""
+        """Stops reading. A step may have no gradient, if all cosines are beyond the margin."""
         if self._capture is not None:
             self._capture.pool(None)
         self._logits.kept = None
@@ -155,7 +155,7 @@ class Coupler:
     def _mean(self, rows: Sequence[Row], capture: LayerCapture, device: torch.device) -> Tensor:
         """Averages the rows of a class at the three positions, ``[3, n, D]``."""
         total = torch.zeros((), device=device)
-        # each process makes the same number of passes, as ZeRO-3 needs; surplus passes count 0
+        # ZeRO-3 needs the same number of passes on each process; the surplus passes count 0
         for start in range(0, len(rows), _BATCH * world_size()):
             part = rows[start + rank() * _BATCH :][:_BATCH]
             batch = {name: value.to(device) for name, value in self._collate([*(part or rows[:1])]).items()}
@@ -207,7 +207,7 @@ class Coupler:
 
 
 class _LogitsCapture(Hooks):
-    """Keeps the logits of the latest pass with a graph, because not every trainer passes a model's outputs on."""
+    """Keeps the logits of the latest pass with a graph, because some trainers do not return the model's outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -100,8 +100,8 @@ def _read_row(row: Mapping[str, Any], kind: str, tail: Sequence[int], length: in
 class HarcCollator:
     """Pads rows, and adds ``harc_harmful [B]``, ``harc_positions [B, 2]`` and the response's tokens ``harc_response``.
 
-    The positions are the last token of the instruction, and that of the prompt. Only harmful rows keep labels; here
-    and not in the step, because Trainers count labels before it.
+    The positions are the last token of the instruction, and that of the prompt. Only harmful rows keep
+    labels. The collator removes the others, because Trainers count labels before the step.
     """
 
     def __init__(self, tokenizer: Any, n_tail: int) -> None:

@@ -32,8 +32,8 @@ _REFUSED = UNREADABLE | {
     "packing": "the samples in a row have no single prompt and response",
     "streaming": "batches have a fixed mixture of classes",
     "train_on_prompt": "a response begins at the first label",
-    "use_unsloth_gc": "its checkpointing cannot carry what is read",
-    **dict.fromkeys(("val_size", "eval_dataset", "tokenized_path"), "each row needs a class; evaluate after the run"),
+    "use_unsloth_gc": "HARC cannot read activations through its checkpointing",
+    **dict.fromkeys(("val_size", "eval_dataset", "tokenized_path"), "its rows have no class; evaluate after the run"),
 }
 _CURVES = ["lm_loss", "harc_coupling", "harc_response", "harc_kl"]
 _CURVES += [f"harc_cos_{kind}_{place}" for kind in ("harmful", "benign") for place in ("prompt", "response")]
@@ -54,7 +54,7 @@ def run_harc(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     config = checked(host)
     samples = KindSamples(host, config)
     rows, plot_loss = samples.encoded(), workflow.plot_loss
-    read_rows(rows, samples.tail, config)  # refuses data before the weights are loaded
+    read_rows(rows, samples.tail, config)  # raises errors about the data before the weights are loaded
     replacements = {
         "get_dataset": lambda *_, **__: {"train_dataset": rows},
         "plot_loss": lambda folder, keys: plot_loss(folder, keys=[*keys, *_CURVES]),
@@ -93,7 +93,7 @@ def checked(host: recipes.HostArguments) -> HarcConfig:
 
 
 class KindSamples(Samples):
-    """The training rows of a host run with their class, which the host's conversion drops, and without truncation."""
+    """The training rows of a host run, untruncated and with their class, which the host's conversion drops."""
 
     def __init__(self, host: recipes.HostArguments, config: HarcConfig) -> None:
         self._column, align = config.column, loader.align_dataset
@@ -106,8 +106,8 @@ class KindSamples(Samples):
             if self._column in dataset.column_names:
                 kinds = list(dataset[self._column])
             if len(kinds) != len(dataset):
-                how = f"its name does not contain exactly one of {', '.join(KINDS)}; add the column, or rename it"
-                raise ValueError(f"harc_column: {name} has no column {self._column}, and {how}.")
+                reason = f"its name does not contain exactly one of {', '.join(KINDS)}; add the column, or rename it"
+                raise ValueError(f"harc_column: {name} has no column {self._column}, and {reason}.")
             return align(dataset, attributes, *args).add_column(self._column, kinds)
 
         loader.align_dataset = align_with_class

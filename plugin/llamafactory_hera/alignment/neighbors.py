@@ -46,7 +46,7 @@ def _lengths(vectors: Tensor) -> Tensor:
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
-    # PyTorch 2.9 replaced one setting by a setting for each backend; a program must not mix both
+    # PyTorch 2.9 replaced one setting by a setting for each backend; a program must use only one of the two
     by_backend = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if by_backend else []  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends] if by_backend else torch.get_float32_matmul_precision()
@@ -117,16 +117,16 @@ def largest(values: Tensor, k: int) -> Tensor:
 
 
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
-    """Turns neighbor indices ``[..., N, k]``, -1 for none, into a boolean mask ``[..., N, n_candidates]``."""
+    """Turns neighbor indices ``[..., N, k]`` (missing ones are -1) into a boolean mask ``[..., N, n_candidates]``."""
     mask = torch.zeros(*neighbors.shape[:-1], n_candidates + 1, dtype=torch.bool, device=neighbors.device)
     return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column collects the -1
 
 
 def shared_fraction(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the fraction of each sample's teacher neighbors that are student neighbors; 0 for a sample without any.
+    """Returns the fraction of each sample's teacher neighbors that are student neighbors; 0 if it has no neighbors.
 
     Args:
-        student: Neighbors ``[..., N, k]``, with -1 for none.
+        student: Neighbors ``[..., N, k]``; missing neighbors are -1.
         teacher: ``[N, k]``, in the same form.
     """
     shared = ((student.unsqueeze(-1) == teacher.unsqueeze(-2)) & (teacher >= 0).unsqueeze(-2)).sum(dim=(-1, -2))
@@ -161,9 +161,9 @@ class Candidates:
     """The candidates and neighbors of n consecutive samples, among M samples: the batch, then remembered samples."""
 
     allowed: Tensor  #: Boolean ``[n, M]``, the candidates, with which each sample is compared.
-    neighbors: Tensor  #: ``[n, k]``, the nearest candidates in the teacher's space; -1 beyond half of the candidates.
+    neighbors: Tensor  #: ``[n, k]``, the nearest candidates in the teacher's space; missing neighbors are -1.
     first: int  #: The index of the first of the n samples among the M.
-    #: A scalar: how many pairs of one of the n samples and a later sample of the batch show the same image.
+    #: A scalar: the number of pairs that show the same image, of one of the n samples and a later sample of the batch.
     duplicates: Tensor
 
     @property
