@@ -69,10 +69,7 @@ def test_the_users_log_level_is_kept(capsys: pytest.CaptureFixture) -> None:
 
 
 OF_4 = "(means of the first and the last 2 of 4 log lines; noise"
-TRY = (
-    "by more than its noise. Train longer, or try hera_weight: 0.1, ten times the present one "
-    "(docs/method.md#which-weight)."
-)
+TRY = "by more than its noise. Train longer, or try hera_weight: 0.1 (docs/method.md#which-weight)."
 RAISE = (
     "It did not rise by more than its noise. Train longer, or raise the learning rate (the term is 50% of the loss, "
     "so hera_weight matters less) (docs/method.md#which-weight)."

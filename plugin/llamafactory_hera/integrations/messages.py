@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llamafactory_hera")
 
-# The term's share of the loss above which ten times the weight would at most double that share.
+# The term's share of the loss above which a higher weight changes little.
 _LARGE_SHARE = 0.4
 
 
@@ -84,7 +84,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
         if sign * (last - first) <= noise and weight > 0:
             term = weight * lines[-1]["hera_loss"]
             share = term / (term + lines[-1].get("lm_loss", math.inf))
-            remedy = f"try hera_weight: {10 * weight:g}, ten times the present one"
+            remedy = f"try hera_weight: {max(0.1, 3 * weight):g}"
             if share > _LARGE_SHARE:
                 remedy = f"raise the learning rate (the term is {share:.0%} of the loss, so hera_weight matters less)"
             text += (
