@@ -110,7 +110,7 @@ def write_data(downloads: Path, folder: Path) -> None:
     """Writes a ``dataset_dir`` of Tux Paint's stamps and Noto's emoji with captions, the same one every time.
 
     Models train on ``train`` or one of the ``few`` datasets, and never on a picture of ``heldout``. ``half_a`` and
-    ``half_b`` are disjoint parts of ``train``.
+    ``half_b`` are disjoint parts of ``train``, and ``drawn`` are the emoji in ``heldout``.
     """
     with TemporaryDirectory() as temporary:
         for name in DOWNLOADS:
@@ -126,6 +126,7 @@ def write_data(downloads: Path, folder: Path) -> None:
             rows.append({"prompt": "<image>", "response": caption, "images": [f"images/{path}"]})
     random.Random(0).shuffle(rows)
     parts = {"heldout": rows[:_HELD_OUT], "train": (train := rows[_HELD_OUT:])}
+    parts["drawn"] = [row for row in parts["heldout"] if row["images"][0].startswith("images/emoji")]
     parts |= {"half_a": train[::2], "half_b": train[1::2]} | {f"few{n}": train[:n] for n in _SMALL}
     columns = {"prompt": "prompt", "response": "response", "images": "images"}
     for dataset, part in parts.items():

@@ -92,10 +92,10 @@ def test_the_worst_the_median_and_the_best_head_of_the_first_file_are_drawn(file
     assert sorted(pictures) == sorted((tmp_path / "new").iterdir())
 
 
-def test_a_small_picture_shows_two_queries_before_and_after(files, tmp_path):
-    (axes,) = draw_gallery(*load_files([files[0], *files], "abc", "gallery"), Target(0, 1), small=True).axes
-    assert [text.get_text() for text in axes.texts if text.get_text()] == ["query", "teacher", "a", "c"]
-    assert len(axes.images) == 2 * (1 + 3 * 4)
+def test_a_small_picture_shows_two_queries_in_the_first_file_and_the_last_two(files, tmp_path):
+    (axes,) = draw_gallery(*load_files([*files, *files], "abcd", "gallery"), Target(0, 1), small=True).axes
+    assert [text.get_text() for text in axes.texts if text.get_text()] == ["query", "teacher", "a", "c", "d"]
+    assert len(axes.images) == 2 * (1 + 4 * 4)
     assert write_gallery(files, tmp_path / "small", small=True) == [tmp_path / "small.png"]
 
 

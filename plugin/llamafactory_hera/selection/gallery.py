@@ -119,11 +119,11 @@ def write_gallery(
 def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target, small: bool = False) -> Figure:
     """Draws a row for each query: its nearest images for the teacher and, in each file, for the head.
 
-    A frame marks images that are also among the teacher's ``k`` nearest. A ``small`` picture shows only the first and
-    the last file, and two queries: those whose frames change most like the mean.
+    A frame marks images that are also among the teacher's ``k`` nearest. A ``small`` picture shows only the first file
+    and the last two, and two queries: those whose frames change most like the mean from the first file to the last.
     """
     if small:
-        files, names = (files[0], files[-1]), (names[0], names[-1])
+        files, names = ([each[0], *each[1:][-2:]] for each in (files, names))
     held = [Neighbors.load(file.path) for file in files]
     samples = {index: sample for neighbors in held for index, sample in neighbors.samples.items()}  # of all files
     teacher, shares = held[0].teacher, [neighbors.shares(head, _COLUMNS if small else None) for neighbors in held]
