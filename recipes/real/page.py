@@ -128,6 +128,7 @@ def write_page(root: Path) -> Path:
     lines += [*_table("", *titles, rows=rows), *_table("minus SFT on the same pictures", *titles, rows=differences)]
     if (root / "exported").is_dir():
         lines += ["![Held-out pictures, and what the exported model calls them](exported/chat.png)", ""]
+        lines += ["![The nearest pictures for one head](gallery/gallery.png)", ""]
         lines += ["[The heads before and after, with their nearest pictures](report/report.html)"]
     write_text(root / "real.md", "\n".join(lines) + "\n")
     return root / "real.md"

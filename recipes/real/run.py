@@ -121,6 +121,12 @@ def run(seeds: int, methods: Sequence[str], changes: Sequence[str]) -> None:
         files = [f"{ROOT}/scores/{name}/heads.json" for name in ("before", "sft-s0", "worst5-s0")]
         aligned = ("--aligned", f"{ROOT}/selection/worst/hera/heads.json", "--output", f"{OUT}/report")
         step("report", ("-m", _PLUGIN, "report", *files, "--names", "before", "SFT", "HeRA", *aligned))
+        models = {"before": ROOT / "stage1", "SFT": ROOT / "runs/sft-s0", "HeRA": ROOT / "runs/worst5-s0"}
+        for name, model in models.items():
+            score(f"drawn/{name}", model, changes, "drawn", "mllm", "lite0")
+        files = [f"{ROOT}/scores/drawn/{name}/heads.json" for name in models]
+        options = ("--names", *models, "--heads", aligned[1], "--small", "--output", f"{OUT}/gallery")
+        step("gallery", ("-m", _PLUGIN, "gallery", *files, *options))
 
 
 def _call(function: str, *paths: Path | str) -> tuple[str, ...]:
