@@ -265,7 +265,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from .calibration.report import render_summary
     from .calibration.run import calibrate_heads
     from .files import locked
-    from .integrations.llamafactory.calibration import read_calibration
+    from .integrations.llamafactory.commands import read_calibration
 
     inputs, config, folder = read_calibration(args.recipe, args.overrides)
     with locked(folder):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def control(recipe: str, kind: str, overrides: Sequence[str] = ()) -> str:
     """Calibrates on the unchanged data and on corrupted images, and writes and returns a comparison."""
-    from llamafactory_hera.integrations.llamafactory.calibration import read_calibration  # imports the host
+    from llamafactory_hera.integrations.llamafactory.commands import read_calibration  # imports the host
 
     inputs, config, folder = read_calibration(recipe, overrides)
     samples = draw_samples(inputs.source, config)

@@ -1,10 +1,13 @@
-"""The subcommands that read a recipe of the host: select, score, and fill a teacher cache."""
+"""The subcommands that read a recipe of the host: select, score, fill a teacher cache, and calibrate."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llamafactory_hera.calibration.run import CalibrationInputs
+from llamafactory_hera.calibration.settings import RahConfig
+from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import rank
 from llamafactory_hera.files import CARD, RUN_FOLDER, write_text
 from llamafactory_hera.heads import Targets
@@ -17,9 +20,9 @@ from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.selection.scores import SCORE_FILES
 
-from .checks import check_folders, resolved_mode
-from .inputs import selection_inputs
-from .recipe import host_words, named_output, read_recipe
+from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys, resolved_mode
+from .inputs import UnlabeledSamples, selection_inputs
+from .recipe import NOT_TRAINING, host_arguments, host_words, named_output, read_recipe, read_values
 
 
 @host_words()
@@ -125,3 +128,26 @@ def _keep_trained(path: Path, where: str, remedy: str) -> None:
     trained = next(filter(Path.exists, map(path.with_name, (CARD, "run.json"))), None)
     if trained is not None:
         raise ValueError(f"{where} holds a run that has trained ({trained}) with the heads of {path.name}; {remedy}.")
+
+
+@host_words()
+def read_calibration(
+    recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
+) -> tuple[CalibrationInputs, RahConfig, Path]:
+    """Reads a recipe, with overrides, as the arguments of ``calibrate_heads``: model and data, keys, output folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
+    values, _ = read_values(recipe, overrides)
+    keys = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
+    config = RahConfig.from_keys(keys)
+    # the host does not know the keys of calibration, and calibration does not read those of HeRA
+    values = {key: value for key, value in values.items() if not key.startswith((RahConfig.PREFIX, HeraConfig.PREFIX))}
+    output_dir = named_output(values, "saves/calibration")
+    # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.
+    values |= NOT_TRAINING | {"stage": "sft", "finetuning_type": "lora", "enable_liger_kernel": False}
+    host = host_arguments(values)
+    check_folders(str(output_dir), host)
+    refuse_keys(host, UNREADABLE, "calibration")
+    multimodal_config(host.model)
+    rows, adapters = UnlabeledSamples(host, config.samples, config.text), host.model.adapter_name_or_path
+    return CalibrationInputs(adapter_names=tuple(adapters or ()), **rows.common()), config, output_dir

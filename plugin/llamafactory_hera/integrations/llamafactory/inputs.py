@@ -1,6 +1,7 @@
 """Model, teacher and data of a host run, as the plain objects that a selection uses."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from llamafactory.model import load_model, load_tokenizer
 from torch import nn
 from transformers import DataCollatorForSeq2Seq
 
+from llamafactory_hera.calibration.settings import Text
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.heads.families import head_layout
 from llamafactory_hera.heads.fingerprint import model_fingerprint
@@ -148,6 +150,26 @@ class Samples(_Rows):
 
     def check(self, row: int, features: Features) -> None:
         check_image_tokens(row, features, self.template, self.host.data, **self.tokenizer_module)
+
+
+class UnlabeledSamples(Samples):
+    """Samples without labels: complete conversations, or only their prompts. ``encode`` can replace images."""
+
+    def __init__(self, host: HostArguments, n_samples: int, text: Text) -> None:
+        super().__init__(host, n_samples)
+        self._text = text
+        self._prompt_processor = self.make_processor(do_generate=True)
+
+    def encode(self, row: int, images: Sequence[ImageLike] | None = None) -> Features | None:
+        example = dict(self.rows[row])
+        if images is not None:
+            example["_images"] = list(images)
+        complete = self._text == "conversation" and has_answer(example)
+        features = self.encode_with(example, self.processor if complete else self._prompt_processor)
+        if features is None:
+            return None
+        self.check(row, features)
+        return features | {"labels": [IGNORE_INDEX] * len(features["input_ids"])}
 
 
 def has_answer(example: dict[str, Any]) -> bool:
