@@ -95,15 +95,15 @@ def chat_collator(processor: Any, images_of: ImagesOf) -> Collate:
 
     def collate(rows: list[Any]) -> dict[str, Any]:
         chats = [row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]] for row in rows]
-        whole = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
-        asked = [processor.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
+        texts = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
+        prompts = [processor.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
         images = [[load_image(image) for image in images_of(row)] for row in rows]
         options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         if any(images):
             options["images"] = images
-        batch = processor(text=whole, **options)
-        prompts = processor(text=asked, **options)["attention_mask"].sum(dim=1, keepdim=True)
-        answered = (torch.arange(batch["input_ids"].shape[1]) >= prompts) & batch["attention_mask"].bool()
+        batch = processor(text=texts, **options)
+        n_prompt = processor(text=prompts, **options)["attention_mask"].sum(dim=1, keepdim=True)
+        answered = (torch.arange(batch["input_ids"].shape[1]) >= n_prompt) & batch["attention_mask"].bool()
         return {**batch, "labels": torch.where(answered, batch["input_ids"], IGNORE_INDEX)}
 
     return collate

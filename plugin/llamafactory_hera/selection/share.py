@@ -71,8 +71,8 @@ def _public(value: Any) -> Any:
 
 def _card(file: ScoreFile, chosen: Targets, repository: str) -> str:
     origin, omitted = chosen.provenance, ("scores", "layer_scores", "firmness")
-    facts = {"k": file.k} | {name: value for name, value in origin.items() if value and name not in omitted}
+    entries = {"k": file.k} | {name: value for name, value in origin.items() if value and name not in omitted}
     values = {**origin, "repository": repository, "what": chosen.plural, "firmness": file.firmness.markdown}
     values["base"] = f"\nbase_model: {origin['model']}" if "/" in origin["model"] else ""
-    values["provenance"] = "\n".join(f"| {name} | {str(fact).replace('|', ' ')} |" for name, fact in facts.items())
+    values["provenance"] = "\n".join(f"| {name} | {str(value).replace('|', ' ')} |" for name, value in entries.items())
     return _CARD.format(**values)

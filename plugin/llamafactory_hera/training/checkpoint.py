@@ -112,17 +112,17 @@ def _saved_keys(folder: str | os.PathLike, key: str, remedy: str) -> dict[str, A
 
 def checkpoint_of(training_args: Any) -> str | None:
     """Finds the checkpoint to resume, as the Trainer does; raises ``ValueError`` if it does not exist."""
-    asked, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
-    if not asked or str(asked).lower() == "false":
+    requested, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
+    if not requested or str(requested).lower() == "false":
         return None
-    if str(asked).lower() == "true":
-        asked = (get_last_checkpoint(folder) if folder.is_dir() else None) or folder / f"{PREFIX_CHECKPOINT_DIR}-*"
-    if not Path(asked).is_dir():
+    if str(requested).lower() == "true":
+        requested = (get_last_checkpoint(folder) if folder.is_dir() else None) or folder / f"{PREFIX_CHECKPOINT_DIR}-*"
+    if not Path(requested).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint: {asked} does not exist; give the path of a checkpoint, or remove the key to "
+            f"resume_from_checkpoint: {requested} does not exist; give the path of a checkpoint, or remove the key to "
             "start from the beginning."
         )
-    return str(asked)
+    return str(requested)
 
 
 def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> bool:
