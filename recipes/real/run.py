@@ -28,7 +28,7 @@ METHODS = {
     "random5": f"hera_heads={ROOT}/selection/random/hera/heads.json",
     **{f"sft_few{n}": f"stage=sft dataset=few{n}" for n in (100, 300, 1000)},
     **{f"worst5_few{n}": f"dataset=few{n}" for n in (100, 300, 1000)},
-    **{f"worst5_{teacher}": f"hera_teacher={ROOT}/{teacher}" for teacher in ("lite2", "tower")},
+    **{f"worst5_{teacher}": f"hera_teacher={ROOT}/{teacher} hera_heads_force=true" for teacher in ("lite2", "tower")},
     "middle": f"{_LAYER} hera_layers=middle",
     "cmar": f"{_LAYER} hera_layers=penultimate hera_objective=cka hera_weight=0.1 hera_memory=0",
 }
