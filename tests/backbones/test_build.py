@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from llamafactory_hera.cli import main
 
-from .conftest import Build
 from .tiny import FAMILIES, TOWERS, new_tokenizer, save_language_model
 
 PROMPT = torch.tensor([[5, 70, 300, 41, 7, 260]])
@@ -45,7 +43,7 @@ def same_logits(llava: Llava, llm: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict, build: Build) -> None:
+def test_the_language_model_is_copied_bit_for_bit(family, checkpoints, build):
     built = build(family)
     theirs, ours = stored(checkpoints[family]), stored(built.folder)
     for name, tensor in theirs.items():
@@ -63,7 +61,7 @@ def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict
 
 
 @pytest.mark.parametrize("tower, side", [*((tower, 32) for tower in TOWERS), ("dinov2", 64)])
-def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_image_tokens_are_patch_tokens(tower, side, checkpoints, build, tmp_path):
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
     if side == 64:  # The sizes in the processor and the config may differ: 224 and 518 pixels for DINOv2 on the hub.
         edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -86,7 +84,7 @@ def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict,
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
-def test_pad_makes_squares_for_the_encoder(tower: str, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_pad_makes_squares_for_the_encoder(tower, checkpoints, build, tmp_path):
     from llamafactory.data.mm_plugin import get_mm_plugin
 
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
@@ -107,7 +105,7 @@ def test_pad_makes_squares_for_the_encoder(tower: str, checkpoints: dict, build:
 
 
 @pytest.mark.parametrize("head", ["absent", "equal", "different"])
-def test_embeddings_stay_tied_unless_a_different_head_is_stored(head: str, build: Build, tmp_path: Path) -> None:
+def test_embeddings_stay_tied_unless_a_different_head_is_stored(head, build, tmp_path):
     llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
     weights = stored(llm)
     if head != "absent":
@@ -119,7 +117,7 @@ def test_embeddings_stay_tied_unless_a_different_head_is_stored(head: str, build
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_the_image_token_uses_a_free_row_or_an_existing_token(known: bool, build: Build, tmp_path: Path) -> None:
+def test_the_image_token_uses_a_free_row_or_an_existing_token(known, build, tmp_path):
     llm = save_language_model("qwen3", tmp_path / "llm", vocab_size=448)
     if known:
         tokenizer = tf.AutoTokenizer.from_pretrained(llm)
@@ -132,7 +130,7 @@ def test_the_image_token_uses_a_free_row_or_an_existing_token(known: bool, build
     assert torch.equal(stored(built.folder)[f"language_model.{name}"], stored(llm)[name])
 
 
-def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints, build, tmp_path):
     llm = shutil.copytree(checkpoints["llama3_base"], tmp_path / "llm")
     settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 7, "bos_token_id": 5, "pad_token_id": 8}
     (llm / "generation_config.json").write_text(json.dumps(settings))
@@ -144,7 +142,7 @@ def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints: dict, build: B
     assert tf.GenerationConfig.from_pretrained(build(llm, output="without").folder).eos_token_id == [eos, end]
 
 
-def test_old_pickled_checkpoints_are_read(build: Build, tmp_path: Path) -> None:
+def test_old_pickled_checkpoints_are_read(build, tmp_path):
     llm = save_language_model("vicuna", tmp_path / "llm", vocab_size=512)
     weights = stored(llm)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -158,7 +156,7 @@ def test_old_pickled_checkpoints_are_read(build: Build, tmp_path: Path) -> None:
     assert same(stored(build(llm).folder), expected)
 
 
-def test_the_seed_changes_the_projector_and_nothing_else(build: Build) -> None:
+def test_the_seed_changes_the_projector_and_nothing_else(build):
     one, again, other = (stored(build(output=f"{i}", seed=seed).folder) for i, seed in enumerate((0, 0, 10**20)))
     assert same(one, again)
     projector = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
@@ -167,7 +165,7 @@ def test_the_seed_changes_the_projector_and_nothing_else(build: Build) -> None:
     assert weights.abs().max() == pytest.approx(32**-0.5, rel=0.1)  # uniform in ±1/sqrt(fan_in), PyTorch's default
 
 
-def test_the_command_prints_what_a_recipe_needs(checkpoints: dict, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_prints_what_a_recipe_needs(checkpoints, tmp_path, capsys):
     models = ["--language-model", str(checkpoints["llama3"]), "--vision-model", str(checkpoints["clip"])]
     assert main(["build", *models, "--image-aspect-ratio", "pad", "--output", str(tmp_path / "built")]) == 0
     assert tf.AutoProcessor.from_pretrained(tmp_path / "built").image_processor.do_pad

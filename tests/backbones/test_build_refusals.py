@@ -32,7 +32,7 @@ def llm(checkpoints: dict, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("role, config", [("llm", c) for c in OTHER_LLMS] + [("tower", c) for c in OTHER_TOWERS])
-def test_models_that_llava_cannot_contain_are_refused(role: str, config, build: Build, tmp_path: Path) -> None:
+def test_models_that_llava_cannot_contain_are_refused(role, config, build, tmp_path):
     config.save_pretrained(tmp_path / "other")
     key = {"llm": "--language-model", "tower": "--vision-model"}[role]
     match = rf"^{key}: .*other \({config.model_type}\) is not supported; give a .* of type "
@@ -40,7 +40,7 @@ def test_models_that_llava_cannot_contain_are_refused(role: str, config, build: 
 
 
 @pytest.mark.parametrize("role, name", [("llm", "qwen3"), ("tower", "clip")])
-def test_a_quantized_model_is_refused(role: str, name: str, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_a_quantized_model_is_refused(role, name, checkpoints, build, tmp_path):
     folder = shutil.copytree(checkpoints[name], tmp_path / "quantized")
     edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
     refuse(build, tmp_path, "quantized is quantized; give the unquantized checkpoint", **{role: folder})
@@ -54,19 +54,19 @@ MISFITS = [
 
 
 @pytest.mark.parametrize("changed, problem", MISFITS)
-def test_other_weights_are_refused(changed: dict, problem: str, llm: Path, build: Build, tmp_path: Path) -> None:
+def test_other_weights_are_refused(changed, problem, llm, build, tmp_path):
     other = save_language_model("qwen3", tmp_path / "other", **changed)
     shutil.copy(llm / "config.json", other)
     refuse(build, tmp_path, rf"^--language-model: the weights do not match config\.json .*{problem}", llm=other)
 
 
-def test_weights_that_are_cut_short_are_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+def test_weights_that_are_cut_short_are_refused(llm, build, tmp_path):
     weights = llm / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refuse(build, tmp_path, r"^--language-model: .*model\.safetensors cannot be read .*; download it again", llm=llm)
 
 
-def test_weights_that_are_nan_are_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+def test_weights_that_are_nan_are_refused(llm, build, tmp_path):
     weights = stored(llm)
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, llm / "model.safetensors", {"format": "pt"})
@@ -75,7 +75,7 @@ def test_weights_that_are_nan_are_refused(llm: Path, build: Build, tmp_path: Pat
     )
 
 
-def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build: Build, tmp_path: Path) -> None:
+def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm, build, tmp_path):
     match = r"^--language-model: .* has no tokenizer, or that of a different model; copy tokenizer\.json"
     small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
     refuse(build, tmp_path, match, llm=small)
@@ -84,14 +84,14 @@ def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm: Path, build:
     refuse(build, tmp_path, match, llm=llm)
 
 
-def test_a_full_disk_leaves_nothing(build: Build, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(build, tmp_path):
     tf.logging.set_verbosity_error()  # The size limit also applies to log files.
     with full_disk(100_000), pytest.raises(OSError, match=r"--output: .*built cannot be written"):
         build()
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_that_is_a_file_or_has_files_is_refused(build: Build, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_or_has_files_is_refused(build, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     for output in ("full", "full/thesis.txt"):
@@ -100,7 +100,7 @@ def test_an_output_that_is_a_file_or_has_files_is_refused(build: Build, tmp_path
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
 
 
-def test_a_link_to_an_empty_folder_stays_and_leads_to_the_model(build: Build, tmp_path: Path) -> None:
+def test_a_link_to_an_empty_folder_stays_and_leads_to_the_model(build, tmp_path):
     (tmp_path / "disk/target").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk/target")
     build(output="link")

@@ -16,17 +16,17 @@ def of_page(args: dict[str, Any] | None = None, **changed: Any) -> dict[str, Any
     return with_fields(args or {}, values.__getitem__)
 
 
-def test_untouched_fields_give_the_default_of_every_key() -> None:
+def test_untouched_fields_give_the_default_of_every_key():
     assert HeraConfig.from_keys(of_page()) == HeraConfig()
 
 
-def test_extra_arguments_win_over_the_fields() -> None:
+def test_extra_arguments_win_over_the_fields():
     args = of_page({"stage": "hera", "hera_k": 3, "hera_max_nan": 7}, hera_heads=" L1H2 ")
     assert (args["hera_heads"], args["hera_k"], args["hera_max_nan"]) == ("L1H2", 3, 7)
 
 
 @pytest.mark.parametrize("lang", texts())
-def test_each_language_has_all_texts(lang: str) -> None:
+def test_each_language_has_all_texts(lang):
     elements = texts()[lang]
     assert {name: list(each) for name, each in elements.items()} == {
         name: list(each) for name, each in texts()["en"].items()
@@ -37,7 +37,7 @@ def test_each_language_has_all_texts(lang: str) -> None:
     assert [text for each in elements.values() for text in each.values() if not re.search(letters, text)] == []
 
 
-def test_the_host_has_the_texts_in_its_languages() -> None:
+def test_the_host_has_the_texts_in_its_languages():
     from llamafactory.webui.locales import LOCALES
 
     for name, by_language in labels([*texts(), "fr"]).items():
@@ -47,7 +47,7 @@ def test_the_host_has_the_texts_in_its_languages() -> None:
 
 
 @pytest.mark.parametrize("model", LANGUAGE_MODELS.values(), ids=lambda model: model.key)
-def test_the_host_lists_each_model_of_the_recipes_once_as_multimodal(model: Any) -> None:
+def test_the_host_lists_each_model_of_the_recipes_once_as_multimodal(model):
     from llamafactory.extras import constants
 
     folder = f"models/{model.key}"

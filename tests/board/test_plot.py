@@ -24,7 +24,7 @@ def raw_curve(axes: Axes) -> dict[float, float]:
     return dict(zip(steps, values, strict=True))
 
 
-def test_both_losses_and_mknn_have_labeled_axes_and_chance_varies() -> None:
+def test_both_losses_and_mknn_have_labeled_axes_and_chance_varies():
     log = [hera_line(step) for step in range(1, 21)]
     losses, alignment, hera = gen_loss_plot(log).axes
     for axes, key, label in (
@@ -38,7 +38,7 @@ def test_both_losses_and_mknn_have_labeled_axes_and_chance_varies() -> None:
     assert list(alignment.get_lines()[-1].get_ydata()) == [1 / step for step in range(1, 21)]
 
 
-def test_steps_that_a_resumed_run_repeats_replace_the_first() -> None:
+def test_steps_that_a_resumed_run_repeats_replace_the_first():
     first = [hera_line(step) for step in range(1, 13)]
     again = [hera_line(step, shift=1.0) for step in range(11, 21)]
     for end_of_first in ([], [line(12, train_loss=1.0)]):
@@ -47,7 +47,7 @@ def test_steps_that_a_resumed_run_repeats_replace_the_first() -> None:
         assert curve == pytest.approx({entry["current_steps"]: entry["lm_loss"] for entry in first[:10] + again})
 
 
-def test_lines_and_logs_without_some_curves_are_plotted() -> None:
+def test_lines_and_logs_without_some_curves_are_plotted():
     filling = line(1, loss=2.0, lm_loss=2.0)  # the memory is not full
     log = [filling, hera_line(2), line(3, loss=2.0), line(3, eval_loss=1.0), hera_line(4)]
     for entries, steps in ((log, [2, 4]), (log[:1], [])):

@@ -1,7 +1,6 @@
 """Chosen heads, anchors and updates, compared with the paper's formulas for single heads (eq. 6 to 13)."""
 
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def naive_choice(saliency: torch.Tensor, influence: torch.Tensor, layers: list[i
     return {head for head in heads if saliency[head] < low[head[0]] and influence[head] > high[head[0]]}
 
 
-def test_chosen_heads_are_weak_and_influential_in_their_layer_highest_caf_first(scores: tuple) -> None:
+def test_chosen_heads_are_weak_and_influential_in_their_layer_highest_caf_first(scores):
     saliency, influence = scores
     chosen = choose_heads(saliency, influence, replace(MANY, layers="0,2-3"))
     assert set(chosen) == naive_choice(saliency, influence, [0, 2, 3]) != set()
@@ -39,7 +38,7 @@ def test_chosen_heads_are_weak_and_influential_in_their_layer_highest_caf_first(
     assert caf == sorted(caf, reverse=True)
 
 
-def test_inverse_mirrors_the_first_condition_and_no_caf_omits_the_second(scores: tuple) -> None:
+def test_inverse_mirrors_the_first_condition_and_no_caf_omits_the_second(scores):
     saliency, influence = scores
     inverse = choose_heads(saliency, influence, replace(MANY, targets="inverse"))
     assert set(inverse) == naive_choice(-saliency, influence, list(range(6)))
@@ -47,7 +46,7 @@ def test_inverse_mirrors_the_first_condition_and_no_caf_omits_the_second(scores:
     assert set(chosen) == {(layer, int(head)) for layer in range(6) for head in saliency[layer].argsort()[:5]}
 
 
-def test_random_heads_keep_the_number_per_layer_and_depend_only_on_the_seed(scores: tuple) -> None:
+def test_random_heads_keep_the_number_per_layer_and_depend_only_on_the_seed(scores):
     saliency, influence = scores
     paper = choose_heads(saliency, influence, MANY)
     drawn = [choose_heads(saliency, influence, replace(MANY, targets="random", seed=seed)) for seed in (0, 0, 1)]
@@ -59,7 +58,7 @@ def test_random_heads_keep_the_number_per_layer_and_depend_only_on_the_seed(scor
 # -- anchors ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_layer_without_candidates_uses_layers_one_away_and_then_two_away() -> None:
+def test_a_layer_without_candidates_uses_layers_one_away_and_then_two_away():
     saliency = torch.zeros(6, 3)
     for added, found in (
         ((5, 0), []),  # three layers away
@@ -91,7 +90,7 @@ def cut(weights: HeadWeights, head: Target, kind: Slice) -> torch.Tensor:
 
 @pytest.mark.parametrize("rho", [0.6, 0.0, 1.0])
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
-def test_anchors_are_the_most_similar_candidates(name: str, rho: float) -> None:
+def test_anchors_are_the_most_similar_candidates(name, rho):
     plan, profile, weights = planned(name, replace(CONFIG, rho=rho))
     compared = 0
     for head in plan.heads:
@@ -116,7 +115,7 @@ def test_anchors_are_the_most_similar_candidates(name: str, rho: float) -> None:
 
 
 @pytest.mark.parametrize("k, trim, cut", [(3, 0.1, 0), (3, 0.34, 1), (10, 0.1, 1), (10, 0.25, 2), (1, 0.4, 0)])
-def test_a_trimmed_mean_drops_both_ends_of_every_element(k: int, trim: float, cut: int) -> None:
+def test_a_trimmed_mean_drops_both_ends_of_every_element(k, trim, cut):
     stack = torch.randn(k, 2, 3)
     kept = np.sort(stack.numpy(), axis=0)[cut : k - cut]
     assert np.allclose(trimmed_mean(stack, trim), kept.mean(axis=0), rtol=1e-5, atol=1e-7)
@@ -124,9 +123,7 @@ def test_a_trimmed_mean_drops_both_ends_of_every_element(k: int, trim: float, cu
 
 @pytest.mark.parametrize("shape", [(4, 20), (20, 4)])
 @pytest.mark.parametrize("rank, kept", [(0, 0), (1, 1), (3, 3), (9, 3), ("full", 3)])
-def test_low_rank_is_the_nearest_matrix_of_that_rank_without_zero_directions(
-    shape: tuple[int, int], rank: int | Literal["full"], kept: int
-) -> None:
+def test_low_rank_is_the_nearest_matrix_of_that_rank_without_zero_directions(shape, rank, kept):
     difference = torch.randn(shape[0], 3) @ torch.randn(3, shape[1])
     left, right = low_rank(difference, rank)
     assert (left.shape, right.shape) == ((shape[0], kept), (kept, shape[1]))
@@ -144,7 +141,7 @@ def representative(plan: Plan, weights: HeadWeights, head: Target, kind: Slice) 
 
 
 @pytest.mark.parametrize("rank", [3, "full"])
-def test_without_grouped_queries_a_head_changes_its_value_and_output(rank: int | str) -> None:
+def test_without_grouped_queries_a_head_changes_its_value_and_output(rank):
     plan, _, weights = planned("llava-llama", replace(CONFIG, rank=rank))
     assert plan.updates
     assert [update.heads for update in plan.updates] == [(head,) for head in plan.heads if plan.anchors[head]]
@@ -157,7 +154,7 @@ def test_without_grouped_queries_a_head_changes_its_value_and_output(rank: int |
             assert torch.allclose(edit.left @ edit.right, expected, atol=1e-5)
 
 
-def test_a_shared_value_block_changes_only_if_all_of_its_heads_do() -> None:
+def test_a_shared_value_block_changes_only_if_all_of_its_heads_do():
     plan, _, weights = planned("llava-qwen3", replace(CONFIG, p_isal=80, p_caf=10, beta=0.2))
     heads = [head for update in plan.updates for head in update.heads]
     assert sorted(heads) == sorted(head for head in plan.heads if plan.anchors[head])

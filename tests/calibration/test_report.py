@@ -1,10 +1,7 @@
 """The plot of a calibration."""
 
-from pathlib import Path
-
 import matplotlib.image
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 
 from llamafactory_hera.calibration import report as reporting
@@ -16,7 +13,7 @@ HEADS = [
 ]
 
 
-def test_maps_show_the_scores_and_every_mark_is_on_its_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_show_the_scores_and_every_mark_is_on_its_head(tmp_path, monkeypatch):
     noise = np.random.default_rng(0)
     content = {
         "caf": noise.normal(size=(3, 40)).tolist(),

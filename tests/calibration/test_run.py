@@ -46,7 +46,7 @@ def divergence_of(model: torch.nn.Module, config: RahConfig, folder: Path) -> fl
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
-def test_a_calibration_writes_adapter_report_and_picture(tmp_path: Path, name: str) -> None:
+def test_a_calibration_writes_adapter_report_and_picture(tmp_path, name):
     model = calibration_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     report = calibrate_heads(inputs(model), CONFIG, tmp_path)
@@ -71,7 +71,7 @@ def _stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_a_run_that_was_stopped_after_profiling_continues_from_there(tmp_path: Path, monkeypatch) -> None:
+def test_a_run_that_was_stopped_after_profiling_continues_from_there(tmp_path, monkeypatch):
     complete = calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path / "complete")
     monkeypatch.setattr(running, "try_updates", _stop)
     with pytest.raises(KeyboardInterrupt):
@@ -83,7 +83,7 @@ def test_a_run_that_was_stopped_after_profiling_continues_from_there(tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["another weight", "another type", "other samples", "more probes"])
-def test_a_profile_of_other_inputs_is_not_used(tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_of_other_inputs_is_not_used(tmp_path, change, monkeypatch):
     calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
     given = inputs(calibration_model())
     if change == "another weight":
@@ -106,7 +106,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("words", NOTHING)
-def test_a_calibration_without_changes_gives_a_report_and_removes_the_old_adapter(tmp_path: Path, words: str) -> None:
+def test_a_calibration_without_changes_gives_a_report_and_removes_the_old_adapter(tmp_path, words):
     calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
     report = calibrate_heads(inputs(calibration_model()), replace(CONFIG, **NOTHING[words]), tmp_path)
     assert names(tmp_path) == OTHERS
@@ -115,7 +115,7 @@ def test_a_calibration_without_changes_gives_a_report_and_removes_the_old_adapte
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
-def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path: Path, name: str) -> None:
+def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path, name):
     model = calibration_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = replace(CONFIG, update="prune", targets="no_caf", p_isal=10, delta=0)
@@ -131,7 +131,7 @@ def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("change", ["trained", "without a report", "after a report without adapter"])
-def test_an_adapter_that_no_calibration_wrote_is_not_replaced(tmp_path: Path, change: str) -> None:
+def test_an_adapter_that_no_calibration_wrote_is_not_replaced(tmp_path, change):
     nothing = replace(CONFIG, delta=0)
     if change != "without a report":
         calibrate_heads(inputs(calibration_model()), CONFIG if change == "trained" else nothing, tmp_path)
@@ -146,13 +146,13 @@ def test_an_adapter_that_no_calibration_wrote_is_not_replaced(tmp_path: Path, ch
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "hera/run.json", "checkpoint-5"])
-def test_a_calibration_into_the_folder_of_a_model_or_a_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_calibration_into_the_folder_of_a_model_or_a_run_is_refused(tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
     with pytest.raises(ValueError, match=f"output_dir: .* contains {Path(name).name}, which no calibration wrote"):
         calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
 
 
-def test_a_calibration_that_was_killed_while_it_wrote_its_files_can_be_repeated(tmp_path: Path, monkeypatch) -> None:
+def test_a_calibration_that_was_killed_while_it_wrote_its_files_can_be_repeated(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "write_json", _stop)
     with pytest.raises(KeyboardInterrupt):
         calibrate_heads(inputs(calibration_model()), CONFIG, tmp_path)
@@ -162,7 +162,7 @@ def test_a_calibration_that_was_killed_while_it_wrote_its_files_can_be_repeated(
     assert names(tmp_path) == ADAPTER | OTHERS
 
 
-def test_a_full_disk_leaves_the_adapter_and_the_report_of_an_earlier_calibration(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_adapter_and_the_report_of_an_earlier_calibration(tmp_path):
     calibrate_heads(inputs(calibration_model()), replace(CONFIG, rank=1), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with full_disk(8000), pytest.raises(OSError):  # the report fits, but the adapter does not

@@ -1,7 +1,6 @@
 """KL divergence, step sizes and rollback (eq. 14 and 15), with made-up divergences and on a model."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ def updates(n: int) -> list[Update]:
         (lambda steps: 1.0, [0.15, 0.075, 0.0375, 0.01875], 0.0),
     ],
 )
-def test_a_step_is_halved_until_the_bound_holds(kl: Divergence, tried: list[float], alpha: float) -> None:
+def test_a_step_is_halved_until_the_bound_holds(kl, tried, alpha):
     (trial,) = try_updates(updates(1), kl, RahConfig(delta=0.05, halvings=3)).trials
     assert trial.tried == [(step, kl([(trial.update, step)])) for step in tried]
     assert trial.alpha == alpha
@@ -42,7 +41,7 @@ def test_a_step_is_halved_until_the_bound_holds(kl: Divergence, tried: list[floa
 @pytest.mark.parametrize(
     "together, kept", [(lambda n: 0.02 * n, 2), (lambda n: 0.04 if n == 1 else 1.0, 1), (lambda n: 0.04 * n, 1)]
 )
-def test_the_last_updates_are_rolled_back_until_the_total_holds(together: Callable[[int], float], kept: int) -> None:
+def test_the_last_updates_are_rolled_back_until_the_total_holds(together, kept):
     tried = updates(5)
     outcome = try_updates(tried, lambda steps: together(len(steps)), RahConfig(delta=0.05))
     assert outcome.accepted == [(update, 0.15) for update in tried[:kept]]
@@ -51,7 +50,7 @@ def test_the_last_updates_are_rolled_back_until_the_total_holds(together: Callab
     assert all(trial.alpha == 0 and trial.tried for trial in outcome.trials[kept:])
 
 
-def test_an_update_without_edits_is_not_tried() -> None:
+def test_an_update_without_edits_is_not_tried():
     last = updates(1)[0]
     outcome = try_updates([Update((Target(0, 0),), ()), last], lambda _: 0.0, RahConfig())
     assert [trial.state for trial in outcome.trials] == ["equals its anchors", "calibrated"]
@@ -65,7 +64,7 @@ def held_out(model: torch.nn.Module) -> Divergence:
     return held_out_divergence(Forward(model), HeadWeights(model), features(5), collate, RahConfig(batch_size=4))
 
 
-def test_divergence_is_the_mean_over_tokens_and_then_over_samples() -> None:
+def test_divergence_is_the_mean_over_tokens_and_then_over_samples():
     model = calibration_model()
     divergence = held_out(model)
     assert divergence([]) == 0.0
@@ -81,7 +80,7 @@ def test_divergence_is_the_mean_over_tokens_and_then_over_samples() -> None:
     assert divergence([]) == pytest.approx(sum(means) / 5, rel=1e-3)
 
 
-def test_logits_that_are_not_finite_are_refused() -> None:
+def test_logits_that_are_not_finite_are_refused():
     model = calibration_model()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.inf
@@ -89,7 +88,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
         held_out(model)
 
 
-def test_a_change_after_which_the_model_computes_nan_is_rolled_back() -> None:
+def test_a_change_after_which_the_model_computes_nan_is_rolled_back():
     tried = updates(2)
     outcome = try_updates(tried, lambda steps: math.nan if len(steps) == 2 else 0.0, RahConfig())
     assert outcome.accepted == [(tried[0], 0.15)]

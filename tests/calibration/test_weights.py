@@ -24,7 +24,7 @@ UNFIT = MIXED | {"llava-phi3", "llava-mistral4", "llava-deepseek_v3", "kimi_k25"
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
-def test_the_slices_of_a_head_make_its_output(name: str) -> None:
+def test_the_slices_of_a_head_make_its_output(name):
     """A head that sees a single token outputs the value of this token: the value block times the token's input."""
     model = vlm(name).eval()
     weights = HeadWeights(model)
@@ -56,7 +56,7 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> None:
+def test_only_the_named_slices_change_and_are_restored(dtype):
     model = calibration_model().to(dtype)
     weights = HeadWeights(model)
     hidden, d = weights.layout.hidden_size, weights.head_dim
@@ -80,13 +80,13 @@ def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("name", sorted(MIXED))
-def test_layers_that_differ_in_their_heads_are_refused(name: str) -> None:
+def test_layers_that_differ_in_their_heads_are_refused(name):
     with pytest.raises(ValueError, match=r"have different heads .*; use another model"):
         HeadWeights(vlm(name))
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "quantized", "fused"])
-def test_projections_that_are_not_plain_matrices_are_refused(kind: str) -> None:
+def test_projections_that_are_not_plain_matrices_are_refused(kind):
     model = vlm("llava-phi3") if kind == "fused" else calibration_model()
     if kind == "wrapped":
         inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], r=2), model.model.language_model)
@@ -113,7 +113,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, lis
     return model, steps, tmp_path
 
 
-def test_the_adapter_equals_direct_edits_of_the_base_model(made: tuple) -> None:
+def test_the_adapter_equals_direct_edits_of_the_base_model(made):
     model, steps, folder = made
     batch = collate(features(3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -133,7 +133,7 @@ def test_the_adapter_equals_direct_edits_of_the_base_model(made: tuple) -> None:
         assert torch.equal(value[same], before[name][same]), name  # all other weights are bit-identical
 
 
-def test_each_projection_has_the_rank_that_its_heads_need(made: tuple) -> None:
+def test_each_projection_has_the_rank_that_its_heads_need(made):
     model, steps, folder = made
     names = HeadWeights(model).names
     edited = Counter(names[edit.head.layer, edit.kind] for update, _ in steps for edit in update.edits)

@@ -18,7 +18,7 @@ PAGES = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_relative_links_lead_to_existing_files(page: Path) -> None:
+def test_relative_links_lead_to_existing_files(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     inside = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
     missing = [target for target in inside if target and not (page.parent / target).exists()]

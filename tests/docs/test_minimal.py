@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
 from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
@@ -11,9 +10,7 @@ from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
 PAGE = Path(__file__).parents[2] / "docs/minimal.md"
 
 
-def test_the_loop_runs_and_the_agreement_rises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_loop_runs_and_the_agreement_rises(tmp_path, monkeypatch, capsys):
     (tmp_path / "facebook").mkdir()
     (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
     monkeypatch.chdir(tmp_path)

@@ -34,7 +34,7 @@ def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+def test_the_trainer_the_mixin_and_the_loop_train(names, capsys):
     plain, mixin, _, loop, *_ = code_of("docs/plain_trainer.md")
     before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
     names["model"].config.use_cache = False
@@ -55,7 +55,7 @@ def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys:
     assert Path("saves/loop/hera/state.safetensors").is_file()
 
 
-def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names: dict[str, Any]) -> None:
+def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names):
     class LazySupervisedDataset(torch.utils.data.Dataset):
         """A stand-in with the methods of QwenLM's dataset, whose rows are encoded and have no images."""
 
@@ -84,7 +84,7 @@ def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names: dict[
     assert any("hera_loss" in line for line in names["trainer"].state.log_history)
 
 
-def test_the_imports_in_the_readme_work() -> None:
+def test_the_imports_in_the_readme_work():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^from llamafactory_hera\S* import .+", page, re.MULTILINE)
     assert lines
@@ -92,7 +92,7 @@ def test_the_imports_in_the_readme_work() -> None:
         exec(line, {})
 
 
-def test_the_functions_alone_give_a_loss_and_gradients(names: dict[str, Any]) -> None:
+def test_the_functions_alone_give_a_loss_and_gradients(names):
     *_, functions = code_of("docs/plain_trainer.md")
     rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"]]
     names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(64, 5)}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import LORA, Train
+from .conftest import LORA
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +37,13 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused(train: Train, weightless: str, name: str) -> None:
+def test_bad_input_is_refused(train, weightless, name):
     change, parts = CASES[name]
     run = train({"model_name_or_path": weightless}, change, ok=False)
     assert all(part in run.error for part in parts), run.error
 
 
-def test_a_run_that_cannot_change_its_heads_names_the_keys_of_the_host(train: Train) -> None:
+def test_a_run_that_cannot_change_its_heads_names_the_keys_of_the_host(train):
     run = train(LORA, {"lora_target": "lm_head", "additional_target": None}, ok=False)
     assert "hera_heads: the HeRA term cannot change L1H0" in run.error
     assert "freeze_multi_modal_projector: false" in run.error

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import Train
-from .runner import HostServer, Run
+from .runner import Run
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +40,7 @@ def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[
         return future.result()
 
 
-def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train: Train, world: Path) -> None:
+def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train, world):
     undisturbed = train(SAVING)
     step = random.SystemRandom().choice([4, 5, 8, 9])
     folder = world / f"saves/killed_{step}"
@@ -61,9 +60,7 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_
         assert all(torch.equal(left[name], right[name]) for name in right), file
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(
-    train: Train, server: HostServer, world: Path
-) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(train, server, world):
     args = SAVING | {"output_dir": "saves/full_disk", "save_total_limit": 1}
     folder = world / args["output_dir"]
 
@@ -83,7 +80,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refu
     assert train(args, {"resume_from_checkpoint": f"{args['output_dir']}/checkpoint-4", "max_steps": 5}).ok
 
 
-def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train: Train, world: Path) -> None:
+def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train, world):
     folder = world / "overflowing"
     shutil.copytree(world / "hera_demo/model", folder)
     weights = load_file(folder / "model.safetensors")

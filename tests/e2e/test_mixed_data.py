@@ -11,7 +11,6 @@ from PIL import Image
 
 from ..backbones.standins import save_native
 from ..backbones.tiny import save_tower
-from .conftest import Train
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train: Train, root: Path) -> None:
+def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train, root):
     args = {"model_name_or_path": "model", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
     args |= {"dataset": "mixed", "dataset_dir": ".", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
     args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": K}
@@ -66,7 +65,7 @@ def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train
         assert 0 < line["hera_loss"] < 10
 
 
-def test_a_run_reads_a_stream(train: Train) -> None:
+def test_a_run_reads_a_stream(train):
     args: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4}
     args |= {"dataloader_num_workers": 1, "streaming": True, "buffer_size": 32}
     # With dispatch_batches, the first process reads all batches, and they must have equal lengths, in any stage.

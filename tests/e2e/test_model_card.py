@@ -2,14 +2,12 @@
 
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from .conftest import LORA, Train
+from .conftest import LORA
 
 pytestmark = pytest.mark.slow
 
@@ -17,9 +15,7 @@ TITLE = "## Alignment with a vision encoder"
 
 
 @pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
-def test_card_and_json_describe_the_run_and_how_to_load_it(
-    train: Train, recipe: dict, tuning: dict[str, Any], world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_card_and_json_describe_the_run_and_how_to_load_it(train, recipe, tuning, world, monkeypatch):
     keys = tuning | {"hera_heads": "auto", "hera_select_samples": 40, "max_steps": 2}
     run = train(keys)
     content = json.loads((run.folder / "hera/card.json").read_text())
@@ -44,7 +40,7 @@ def test_card_and_json_describe_the_run_and_how_to_load_it(
     assert isinstance(names["model"], PeftModel) == bool(tuning)
 
 
-def test_the_card_of_a_layer_run_names_layers_and_objective(train: Train) -> None:
+def test_the_card_of_a_layer_run_names_layers_and_objective(train):
     keys = {"hera_objective": "cka", "hera_granularity": "layer", "hera_layers": "penultimate", "hera_heads": None}
     run = train(keys, {"max_steps": 1})
     content = json.loads((run.folder / "hera/card.json").read_text())

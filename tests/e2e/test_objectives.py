@@ -1,7 +1,6 @@
 """Every objective through the real host: it trains, resumes, logs its values, and leaves a plain model."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.tiny_models import autoencoder_folder
 
-from .conftest import LORA, Train
+from .conftest import LORA
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +38,7 @@ CASES: dict[str, tuple[dict[str, Any], str, set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train: Train, world: Path, case: str) -> None:
+def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train, world, case):
     change, targets, parameters, logged = CASES[case]
     (world / "small_ross.py").write_text(SMALL_ROSS)
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 6}

@@ -26,7 +26,7 @@ from llamafactory_hera.training import Aligner
 from ..backbones.standins import save_native
 from ..backbones.tiny import save_tower
 from ..tiny_models import vlm
-from .conftest import LORA, Train
+from .conftest import LORA
 
 pytestmark = pytest.mark.slow
 
@@ -177,9 +177,7 @@ FLASH = "flash_attention_2"
         (FLASH, True, True, LAYER),
     ],
 )
-def test_packed_samples_have_the_values_of_unpacked_ones(
-    host: Host, attention: str, lora: bool, reentrant: bool | None, keys: dict[str, Any]
-) -> None:
+def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, reentrant, keys):
     model: Any = host.model()
     if lora:
         targets = r".*language_model.*\.(q|v|o)_proj"
@@ -200,7 +198,7 @@ def test_packed_samples_have_the_values_of_unpacked_ones(
     check_gradients(found.gradients, expected.gradients)
 
 
-def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host: Host) -> None:
+def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host):
     model = host.model()
     aligner = aligner_of(host, model, accumulate="gradcache")
     collate = host.collator(model, aligner, "sdpa")
@@ -220,7 +218,7 @@ def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host:
     check_gradients(gradients_of(model), together.gradients)
 
 
-def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:
+def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host):
     lacking = host.rows[True].remove_columns("packing_params")
     get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking})
     with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
@@ -234,9 +232,7 @@ def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(
         ("gemma4", "the loss of gemma4_text cannot read the attention mask of packed rows; remove the key"),
     ],
 )
-def test_models_that_cannot_separate_the_samples_of_a_row_are_refused(
-    kind: str, problem: str, root: Path, tmp_path: Path
-) -> None:
+def test_models_that_cannot_separate_the_samples_of_a_row_are_refused(kind, problem, root, tmp_path):
     vlm(kind).config.save_pretrained(tmp_path)
     keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
     keys |= {"dataset": "rows", "dataset_dir": str(root), "output_dir": str(tmp_path / "out"), "use_cpu": True}
@@ -251,7 +247,7 @@ PACKED = {"neat_packing": True, "cutoff_len": 640, "max_steps": 2}
 AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 
-def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train: Train) -> None:
+def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train):
     alone = train(AUTO, {"max_steps": 1})
     one = train(PACKED, AUTO, {"per_device_train_batch_size": 2})
     two = train(PACKED, AUTO, {"per_device_train_batch_size": 1}, ranks=2)
@@ -264,7 +260,7 @@ def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_proc
 
 
 @pytest.mark.parametrize(("accumulate", "ranks"), [("none", 1), ("gradcache", 1), ("gradcache", 2)])
-def test_a_packed_run_accumulates_and_remembers_samples(train: Train, accumulate: str, ranks: int) -> None:
+def test_a_packed_run_accumulates_and_remembers_samples(train, accumulate, ranks):
     keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "hera_accumulate": accumulate}
     run = train(PACKED, LORA, keys, {"hera_memory": 8}, ranks=ranks)
     assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows of a process

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
 
-from .conftest import LORA, Train
+from .conftest import LORA
 from .runner import HostServer, Run, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def _sft(recipe: dict) -> dict:
 # -- logs ------------------------------------------------------------------------------------------------------------
 
 
-def test_curves_and_messages_reach_every_log(train: Train, recipe: dict, world: Path) -> None:
+def test_curves_and_messages_reach_every_log(train, recipe, world):
     board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(world / "board")}  # as the host's web UI sets them
     run = train({"plot_loss": True, "report_to": "tensorboard", "max_steps": 3}, env=board)
     assert all(line.keys() >= HERA_KEYS for line in run.logs())
@@ -57,7 +57,7 @@ def plain(server: HostServer, world: Path, recipe: dict) -> Path:
     return run.folder
 
 
-def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, plain: Path) -> None:
+def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train, plain):
     runs = (train({"template": "llava", "max_steps": 3, "hera_weight": weight}) for weight in (0.0, 0.1))
     trained, idle, aligned = (load_file(f / "model.safetensors") for f in (plain, *(run.folder for run in runs)))
     # The appended rows may change the rounding of a matrix product.
@@ -65,9 +65,7 @@ def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, plain
     assert not all(torch.allclose(aligned[name], trained[name], atol=1e-5) for name in trained)
 
 
-def test_hera_aligns_its_heads_and_plain_training_does_not(
-    train: Train, world: Path, recipe: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hera_aligns_its_heads_and_plain_training_does_not(train, world, recipe, monkeypatch):
     monkeypatch.chdir(world)
     long = {"num_train_epochs": 6.0, "max_steps": -1, "hera_weight": 1.0, "hera_memory": 64, "hera_heads": "auto"}
     plain, aligned = train(long, _sft(recipe)), train(long, {"hera_select_samples": 96})
@@ -81,7 +79,7 @@ def test_hera_aligns_its_heads_and_plain_training_does_not(
 # -- launchers -------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, world: Path, recipe: dict) -> None:
+def test_two_processes_under_torchrun_compute_the_term_of_one(train, world, recipe):
     halves = {"output_dir": "saves/torchrun", "per_device_train_batch_size": 8, "ddp_backend": "gloo", "max_steps": 2}
     file = write_recipe(world / "torchrun.yaml", recipe | halves)
     command = ["llamafactory-cli", "train", str(file)]
@@ -98,7 +96,7 @@ def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, worl
 # -- output files ----------------------------------------------------------------------------------------------------
 
 
-def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train: Train, plain: Path, world: Path) -> None:
+def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train, plain, world):
     full = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).folder
     base = set(load_file(world / "hera_demo/model/model.safetensors"))
     state = {"heads.json", "run.json", "state.safetensors"}

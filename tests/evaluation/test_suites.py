@@ -54,7 +54,7 @@ def judged(config: dict, answers: list[str]) -> tuple[ConfigurableMessagesTask, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prompts_and_scores_match_the_suite(name: str, folder: Path, monkeypatch) -> None:
+def test_prompts_and_scores_match_the_suite(name, folder, monkeypatch):
     monkeypatch.setenv("AMBER_BASE_DIR", str(folder))
     task, records = judged(TASKS[name].definition(folder), CASES[name].answers)
     [turn] = task.doc_to_messages(task.eval_docs[0])
@@ -64,7 +64,7 @@ def test_prompts_and_scores_match_the_suite(name: str, folder: Path, monkeypatch
     assert TASKS[name].aggregate(kept) == pytest.approx(CASES[name].scores, abs=0.01)
 
 
-def test_every_task_is_defined_and_has_a_case() -> None:
+def test_every_task_is_defined_and_has_a_case():
     assert set(TASKS) - {"chair", "amber_g"} == set(CASES)
     assert [len(SUITES["paper"]), len(SUITES["hallucination"])] == [18, 4]
     for task in TASKS.values():
@@ -73,7 +73,7 @@ def test_every_task_is_defined_and_has_a_case() -> None:
         assert bool((config.get("dataset_kwargs") or {}).get("token")) == ("token" in task.needs), task.name
 
 
-def test_caption_scores_follow_the_formulas_of_their_authors() -> None:
+def test_caption_scores_follow_the_formulas_of_their_authors():
     """CHAIR: 1 of 4, 0 of 1 and 0 of 0 objects are not in the image. AMBER: two descriptions."""
     names = ("mentioned", "wrong", "with_wrong")
     chair = [dict(zip(names, counts, strict=True)) for counts in [(4, 1, 1), (1, 0, 0), (0, 0, 0)]]
@@ -85,6 +85,6 @@ def test_caption_scores_follow_the_formulas_of_their_authors() -> None:
     assert TASKS["amber_g"].aggregate(amber) == pytest.approx(scores)
 
 
-def test_without_a_positive_answer_every_score_is_zero() -> None:
+def test_without_a_positive_answer_every_score_is_zero():
     records = [{"right": 0, "no": 1, "said_no": 0, "both_no": 0}]
     assert set(TASKS["amber_d"].aggregate(records).values()) == {0.0}

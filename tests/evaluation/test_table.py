@@ -52,7 +52,7 @@ def put_all(folder: Path, right: int) -> None:
     ("amber_d", lambda draw, i: {"right": draw(2), "no": i % 2, "said_no": draw(2), "both_no": draw(2)}),
     ("hallusionbench", lambda draw, i: {"right": draw(2), "group": i // 2, "category": ("easy", "hard")[i % 2]}),
 ])  # fmt: skip
-def test_a_resample_is_scored_like_a_list_of_its_records(monkeypatch, name: str, record) -> None:
+def test_a_resample_is_scored_like_a_list_of_its_records(monkeypatch, name, record):
     monkeypatch.setattr(table, "_RESAMPLES", 20)
     task, generator = TASKS[name], np.random.default_rng(7)
     models = [[record(lambda n: int(generator.integers(n)), i) for i in range(40)] for _ in range(2)]
@@ -71,7 +71,7 @@ def test_a_resample_is_scored_like_a_list_of_its_records(monkeypatch, name: str,
             assert {score: values[draw] for score, values in scores.items()} == pytest.approx(naive)
 
 
-def test_differences_are_paired_with_the_first_model(tmp_path: Path) -> None:
+def test_differences_are_paired_with_the_first_model(tmp_path):
     """Equal answers give no difference; with 3 of 40 more right, the interval contains 7.5 but not 25."""
     for name, right in (("before", 20), ("same", 20), ("more", 23)):
         put(tmp_path / name, "gqa", share(right, 40))
@@ -86,7 +86,7 @@ def test_differences_are_paired_with_the_first_model(tmp_path: Path) -> None:
     assert set(rows_of(tmp_path / "paper.json")["gqa"]["differences"]) == {"same"}
 
 
-def test_a_row_of_a_category_counts_its_own_samples(tmp_path: Path) -> None:
+def test_a_row_of_a_category_counts_its_own_samples(tmp_path):
     records = [{"right": 1, "category": "shape" if i < 3 else "size"} for i in range(10)]
     put(tmp_path / "one", "demo_questions", records)
     page, *_ = write(tmp_path, "demo", "one")
@@ -94,7 +94,7 @@ def test_a_row_of_a_category_counts_its_own_samples(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").startswith("| benchmark | n | one |\n")  # nothing about the paper
 
 
-def test_averages_need_complete_categories(tmp_path: Path) -> None:
+def test_averages_need_complete_categories(tmp_path):
     """MME counts divided by 20: General is (4 · 60 + 100 / 20) / 5, and all 18 are (17 · 60 + 5) / 18."""
     for name, right in (("before", 6), ("after", 8)):
         put_all(tmp_path / name, right)
@@ -118,7 +118,7 @@ def test_averages_need_complete_categories(tmp_path: Path) -> None:
     assert rows["OCR"]["values"] == pytest.approx({"before": 60})
 
 
-def test_the_page_lists_scores_differences_and_reasons(tmp_path: Path) -> None:
+def test_the_page_lists_scores_differences_and_reasons(tmp_path):
     for name, wrong in (("LLaVA|x", 2), ("HeRA", 1)):
         put(tmp_path / name, "chair", [{"mentioned": 4, "wrong": wrong, "with_wrong": 1}] * 500)
     page, _ = write(tmp_path, "hallucination", "LLaVA|x", "HeRA")
@@ -130,7 +130,7 @@ def test_the_page_lists_scores_differences_and_reasons(tmp_path: Path) -> None:
     assert lines[4].startswith("| AMBER generative |  | – | – | – | close |")
 
 
-def test_the_page_has_the_papers_columns(tmp_path: Path) -> None:
+def test_the_page_has_the_papers_columns(tmp_path):
     put_all(tmp_path / "one", 6)
     page, *_ = write(tmp_path, "paper", "one", paper="qwen3_8b")
     text = page.read_text(encoding="utf-8")
@@ -138,7 +138,7 @@ def test_the_page_has_the_papers_columns(tmp_path: Path) -> None:
     assert "| GQA | 12578 | 60.0 | – | – | – | same |  |" in text
 
 
-def test_the_papers_numbers_give_its_gains() -> None:
+def test_the_papers_numbers_give_its_gains():
     """The nine backbones have the names of their recipes, and the gains in vision of the paper's project page."""
     known = read_json(PAPER)["backbones"]
     assert {key: one["title"] for key, one in known.items()} == {

@@ -50,7 +50,7 @@ def step(model: nn.Module, call: nn.Module, capture: HeadCapture | LayerCapture,
 
 @each
 @checkpointed
-def test_representations_and_gradients_without_a_graph_break(checkpointing: bool | None, names: str) -> None:
+def test_representations_and_gradients_without_a_graph_break(checkpointing, names):
     plain, model = build(checkpointing), build(checkpointing)
     graphs = []
 

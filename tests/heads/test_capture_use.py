@@ -212,7 +212,7 @@ def test_a_copy_of_a_captured_model_runs_alone(model, batch, mask, names, checkp
     assert torch.equal(ours, theirs)
 
 
-def test_a_model_whose_heads_do_not_add_up_to_the_projection_is_refused_in_its_first_pass(model, batch, mask) -> None:
+def test_a_model_whose_heads_do_not_add_up_to_the_projection_is_refused_in_its_first_pass(model, batch, mask):
     projection: nn.Linear = decoder_layers(model)[1].self_attn.o_proj
     linear = projection.forward
     projection.forward = lambda hidden: linear(hidden).relu()

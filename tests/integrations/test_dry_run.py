@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -34,9 +33,7 @@ CASES = {
 }
 
 
-def test_doctor_accepts_the_recipe_of_the_demo(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_doctor_accepts_the_recipe_of_the_demo(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     assert main(["doctor", RECIPE]) == 0
     printed = capsys.readouterr().out
@@ -52,9 +49,7 @@ def test_doctor_accepts_the_recipe_of_the_demo(
 
 
 @pytest.mark.parametrize("change", CASES)
-def test_doctor_checks_a_recipe(
-    change: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_doctor_checks_a_recipe(change, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     if change == "dataset_dir=moved":
         (world / "moved").mkdir()
@@ -67,9 +62,7 @@ def test_doctor_checks_a_recipe(
     assert [line for line in printed if line.startswith("problem")] == found * status
 
 
-def test_doctor_reads_only_the_start_of_a_large_file(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_doctor_reads_only_the_start_of_a_large_file(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(world)
     row = {"images": [str(next((world / "hera_demo/data/images").iterdir()))], "text": "x" * 300_000}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
@@ -86,14 +79,7 @@ def test_doctor_reads_only_the_start_of_a_large_file(
         (None, "An image has the type NoneType"),
     ],
 )
-def test_doctor_names_an_image_that_the_host_cannot_read(
-    image: str | None,
-    part: str,
-    world: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_doctor_names_an_image_that_the_host_cannot_read(image, part, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(world)
     (tmp_path / "rows.json").write_text(json.dumps([{"images": [image]}]))
     (tmp_path / "dataset_info.json").write_text(
@@ -104,9 +90,7 @@ def test_doctor_names_an_image_that_the_host_cannot_read(
     assert "AAA" not in printed
 
 
-def test_without_the_patches_every_command_for_a_recipe_names_them(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_without_the_patches_every_command_for_a_recipe_names_them(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setitem(sys.modules, "hera_patches", None)  # as if it were not installed
     problem = "stage: hera needs llamafactory-hera-patches, which is not installed; run `pip install . ./patches` in"
@@ -118,9 +102,7 @@ def test_without_the_patches_every_command_for_a_recipe_names_them(
         assert capsys.readouterr().err.startswith(f"llamafactory-hera: {problem}")
 
 
-def test_without_the_host_doctor_names_it_once(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_without_the_host_doctor_names_it_once(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setitem(sys.modules, "llamafactory", None)
     assert main(["doctor", RECIPE]) == 1

@@ -40,7 +40,7 @@ def photos() -> dict[str, Any]:
     return {"rows": rows, "images_of": lambda row: row["photo"]}
 
 
-def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
+def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_path):
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
     with holder(tmp_path), pytest.raises(ValueError, match=r"^output_dir: .* is in use by another"):
         trainer.train()
@@ -61,7 +61,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^heads: auto selects on the training data"),
     ],
 )
-def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> None:
+def test_the_constructor_refuses(tmp_path, given, message):
     given = dict(given)
     rows = given.pop("rows", None) or image_rows(vlm("llava-llama"), 2 * BATCH)
     with pytest.raises(ValueError, match=message):
@@ -75,7 +75,7 @@ def _deepspeed(keys: dict[str, Any]) -> DeepSpeedPlugin:
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
-def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
+def test_one_image_among_many_rows_is_enough(kind):
     rows = [{"images": [], "text": "a"} for _ in range(2 * N_SEARCHED)]
     rows[-1] = {"images": ["a.png"], "text": "a"}
     trainer = SimpleNamespace(train_dataset=kind(rows), args=SimpleNamespace(remove_unused_columns=False))
@@ -101,9 +101,7 @@ def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_settings_that_need_several_devices_are_refused(
-    tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, message, monkeypatch):
     trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
     model, state = trainer.model, trainer.accelerator.state
     owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
@@ -115,7 +113,7 @@ def test_settings_that_need_several_devices_are_refused(
         check_settings(hera(), trainer)
 
 
-def test_a_process_that_imported_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_imported_unsloth_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     with pytest.raises(ValueError, match=r"^unsloth: importing it replaces the attention .* do not import unsloth"):
         make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
@@ -148,7 +146,7 @@ def labels_on_all_text(rows: list[dict]) -> dict[str, Any]:
         (labels_on_all_text, "^pooling='answer' .* all text is labeled.*or set pooling='text'"),
     ],
 )
-def test_the_first_batch_is_checked_before_a_step(tmp_path: Path, collate: Any, message: str) -> None:
+def test_the_first_batch_is_checked_before_a_step(tmp_path, collate, message):
     model = vlm("llava-llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate)
@@ -164,7 +162,7 @@ def captions_only(rows: list[dict]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("collate", "pooling"), [(labels_on_all_text, "text"), (captions_only, "answer")])
-def test_labels_on_all_text_train_if_there_is_no_prompt(tmp_path: Path, collate: Any, pooling: str) -> None:
+def test_labels_on_all_text_train_if_there_is_no_prompt(tmp_path, collate, pooling):
     model = vlm("llava-llama")
     trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate, hera={"pooling": pooling})
     trainer.train()

@@ -42,14 +42,14 @@ VALID = [torch.ones(N, dtype=torch.bool), torch.tensor([True, False, True, True,
 
 
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
-def test_cka_matches_its_definition(valid: Tensor) -> None:
+def test_cka_matches_its_definition(valid):
     z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
     expected = torch.stack([1 - naive_cka(z[s][valid], teacher[valid]) for s in range(TARGETS)])
     torch.testing.assert_close(create("cka", OPTIONS)(pooled(z, teacher, valid)), expected)
 
 
 @pytest.mark.parametrize("n_valid", [0, 1, 2, 3])
-def test_cka_needs_three_samples(n_valid: int) -> None:
+def test_cka_needs_three_samples(n_valid):
     z = torch.randn(TARGETS, N, D, requires_grad=True)
     objective = create("cka", OPTIONS)
     batch = pooled(z, torch.randn(N, D_TEACHER), torch.arange(N) < n_valid)
@@ -59,7 +59,7 @@ def test_cka_needs_three_samples(n_valid: int) -> None:
     assert bool((loss > 0).all()) == bool((z.grad != 0).any()) == (n_valid == 3)
 
 
-def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
+def test_cka_of_equal_samples_has_a_finite_gradient():
     objective, one_image = create("cka", OPTIONS), torch.ones(N, D_TEACHER)
     for z, teacher in (
         (torch.randn(TARGETS, N, D), one_image),
@@ -73,7 +73,7 @@ def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
 
 @pytest.mark.parametrize("projector", ["shared", "separate"])
 @pytest.mark.parametrize("kind", ["layer", "head"])
-def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projector: str, kind: str) -> None:
+def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projector, kind):
     objective = create("feature", options(TARGETS, D, D_TEACHER, projector=projector))
     tokens, teacher = torch.randn(TARGETS, 2, 4, D), torch.randn(2, 4, D_TEACHER)
     projections, z = None, tokens
@@ -91,7 +91,7 @@ def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projecto
             torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
-def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -> None:
+def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept():
     before = torch.get_rng_state()
     first = create("feature", OPTIONS, seed=3)
     assert torch.get_rng_state().equal(before)
@@ -103,7 +103,7 @@ def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # ross is random: rivals/test_ross.py
-def test_gradients_match_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name):
     objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
     parameters = dict(objective.named_parameters())
     if issubclass(find(name), TokenObjective):

@@ -30,7 +30,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     return "distances"
 
 
-def test_the_example_of_the_page_trains(example: str) -> None:
+def test_the_example_of_the_page_trains(example):
     objective = create(example, OPTIONS)
     optimizer, term = ObjectiveOptimizer(objective), HeraTerm(objective, 2, True, CrossBatchMemory(0))
     z = torch.randn(TARGETS, N, D, requires_grad=True)
@@ -46,7 +46,7 @@ def test_the_example_of_the_page_trains(example: str) -> None:
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
+def test_the_example_with_a_plan_trains_through_the_model(example):
     model = vlm("llava-qwen3")
     config = HeraConfig(granularity="layer", layers="L1", objective="quarter", weight=1.0, teacher=teacher_folder())
     aligner = Aligner(model, config, image_processor=student_processor())
@@ -67,13 +67,13 @@ def test_the_example_with_a_plan_trains_through_the_model(example: str) -> None:
     assert aligner.objective.get_parameter("projector.bias").abs().max() > 0
 
 
-def test_the_key_accepts_the_name_of_the_example(example: str) -> None:
+def test_the_key_accepts_the_name_of_the_example(example):
     HeraConfig(heads="L0H1", objective=example)
     with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):
         HeraConfig(heads="L0H1", objective="nothing")
 
 
-def test_all_objectives_are_registered() -> None:
+def test_all_objectives_are_registered():
     ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis", "gram"}
     assert ours <= set(names())
     on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
@@ -82,6 +82,6 @@ def test_all_objectives_are_registered() -> None:
     assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
 
 
-def test_a_registered_name_cannot_be_used_again() -> None:
+def test_a_registered_name_cannot_be_used_again():
     with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
         register("cka")(find("feature"))

@@ -1,7 +1,6 @@
 """The notebook runs from its first cell to its last, with fewer steps, and is kept without outputs."""
 
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -13,7 +12,7 @@ FOLDER = ROOT / "recipes/notebook"
 
 
 @pytest.mark.slow
-def test_the_notebook_selects_trains_and_shows(world: Path) -> None:
+def test_the_notebook_selects_trains_and_shows(world):
     notebook = nbformat.read(FOLDER / "hera_in_ten_minutes.ipynb", as_version=4)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))

@@ -29,7 +29,7 @@ def run(server: HostServer, world: Path, output: str, *options: str, ranks: int 
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(server: HostServer, world: Path) -> None:
+def test_two_processes_do_what_one_does(server, world):
     one, two = run(server, world, "one"), run(server, world, "two", "--batch", "8", ranks=2)
     assert two["heads"] == one["heads"]
     for name in LOGGED:  # rounding decides between two neighbors that are equally near, so MKNN may differ by one
@@ -38,7 +38,7 @@ def test_two_processes_do_what_one_does(server: HostServer, world: Path) -> None
 
 
 @pytest.mark.slow
-def test_lora_resumes_from_its_last_checkpoint(server: HostServer, world: Path) -> None:
+def test_lora_resumes_from_its_last_checkpoint(server, world):
     straight = run(server, world, "lora", "--lora", "4")
     (world / "lora/checkpoint-5").rename(world / "lora_finished")  # as if the run had stopped after step 4
     resumed = run(server, world, "lora", "--lora", "4", "--resume")
@@ -46,7 +46,7 @@ def test_lora_resumes_from_its_last_checkpoint(server: HostServer, world: Path) 
     assert resumed["hera_temperature"] == straight["hera_temperature"]
 
 
-def test_a_row_begins_with_one_bos_token(tmp_path: Path) -> None:
+def test_a_row_begins_with_one_bos_token(tmp_path):
     """The template, the tokenizer or both may write it."""
     parts = save_language_model("llama3", tmp_path / "llm"), save_tower("siglip", tmp_path / "tower")
     processor = AutoProcessor.from_pretrained(build_backbone(*map(str, parts), tmp_path / "built").folder)

@@ -38,7 +38,7 @@ def latents_of(teacher: LatentTeacher, images: Tensor, seed: int = 1) -> Tensor:
     return teacher.patch_features(images, SIDE)
 
 
-def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder: Path) -> None:
+def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder):
     images = torch.rand(2, 3, 2 * PIXELS, 2 * PIXELS)
     # without antialiasing, halving the size averages two by two pixels
     pixels = torch.nn.functional.avg_pool2d(images, 2) * 2 - 1
@@ -55,7 +55,7 @@ def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder: Pat
     assert not latents_of(teacher, images, seed=2).equal(found)  # a sample, not the mean
 
 
-def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder: Path) -> None:
+def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder):
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     teacher, images = load(folder), torch.rand(1, 3, PIXELS, PIXELS, requires_grad=True)
@@ -75,20 +75,20 @@ def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder
         ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
     ],
 )
-def test_a_folder_of_another_model_is_refused(damage, message, folder, edit_json) -> None:
+def test_a_folder_of_another_model_is_refused(damage, message, folder, edit_json):
     assert LatentTeacher.check(str(folder), SIDE) == folder
     edit_json(folder / "config.json", **damage)
     with pytest.raises(ValueError, match=f"^hera_teacher: .*{re.escape(str(folder))}.*{message}"):
         LatentTeacher.check(str(folder), SIDE)
 
 
-def test_without_diffusers_the_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_the_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match=r"^hera_teacher: .* needs diffusers, .* pip install diffusers"):
         LatentTeacher.check(str(folder), SIDE)
 
 
-def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
+def test_weights_that_lack_a_tensor_are_refused(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["encoder.conv_in.weight"]
     save_file(weights, folder / WEIGHTS, {"format": "pt"})

@@ -48,7 +48,7 @@ def naive_alpha_bar(t: int) -> float:
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 998, 999])
-def test_the_schedule_is_the_cosine_schedule_with_bounded_steps(t: int, small: Small) -> None:
+def test_the_schedule_is_the_cosine_schedule_with_bounded_steps(t, small):
     expected = naive_alpha_bar(t)
     assert alpha_bar()[t].item() == pytest.approx(expected, rel=1e-9)
     assert small.levels[:, t].tolist() == pytest.approx([math.sqrt(expected), math.sqrt(1 - expected)], rel=1e-6)
@@ -93,7 +93,7 @@ def naive_denoiser(ross: Small, noisy: Tensor, t: int, z: Tensor) -> Tensor:
     return linear(net.last, norm(x, 1e-6) * (1 + scale) + shift)
 
 
-def test_the_loss_is_the_squared_error_of_the_predicted_noise(small: Small) -> None:
+def test_the_loss_is_the_squared_error_of_the_predicted_noise(small):
     z, latents, times, noise = draws()
     errors = torch.zeros(DRAWS, B).double()
     for n in range(DRAWS):
@@ -109,7 +109,7 @@ def test_the_loss_is_the_squared_error_of_the_predicted_noise(small: Small) -> N
     torch.testing.assert_close(found, errors.mean(0), atol=1e-6, rtol=1e-6)
 
 
-def test_a_new_denoiser_predicts_zero() -> None:
+def test_a_new_denoiser_predicts_zero():
     z, latents, times, noise = draws()
     ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
     assert ross.loss(z, latents, times, noise).equal(noise.square().mean(dim=(0, 2, 3)))
@@ -118,7 +118,7 @@ def test_a_new_denoiser_predicts_zero() -> None:
     assert found.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_the_student_receives_its_first_gradient_in_the_third_step() -> None:
+def test_the_student_receives_its_first_gradient_in_the_third_step():
     z, latents, times, noise = draws()
     z.requires_grad_()
     ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
@@ -132,7 +132,7 @@ def test_the_student_receives_its_first_gradient_in_the_third_step() -> None:
     assert silent == [True] * Ross.silent_steps + [False]
 
 
-def test_blocks_are_recomputed_in_the_backward_pass(small: Small) -> None:
+def test_blocks_are_recomputed_in_the_backward_pass(small):
     calls = []
     for block in small.denoiser.blocks:
         block.register_forward_pre_hook(lambda module, _: calls.append(module))
@@ -142,7 +142,7 @@ def test_blocks_are_recomputed_in_the_backward_pass(small: Small) -> None:
     assert calls[2:] == list(small.denoiser.blocks)[::-1]
 
 
-def test_parameters_are_initialized_as_in_the_authors_code() -> None:
+def test_parameters_are_initialized_as_in_the_authors_code():
     ross = create("ross", options(n_targets=1, dim=64, teacher_dim=64, side=2))
     bound = math.sqrt(6 / (1024 + 3072))
     spread = {"embed_time.0": 0.02, "embed_time.2": 0.02, "embed_token.1": 0.02}
@@ -154,12 +154,12 @@ def test_parameters_are_initialized_as_in_the_authors_code() -> None:
         assert not linear.bias.any()
 
 
-def test_the_denoiser_has_the_size_of_the_authors_code() -> None:
+def test_the_denoiser_has_the_size_of_the_authors_code():
     with torch.device("meta"):
         ross = Ross(options(n_targets=1, dim=4096, teacher_dim=64, side=27))
     assert sum(parameter.numel() for parameter in ross.parameters()) == pytest.approx(64.4e6, rel=1e-3)
 
 
-def test_several_layers_are_refused() -> None:
+def test_several_layers_are_refused():
     with pytest.raises(ValueError, match="hera_layers: ross reads one layer, not 2"):
         Ross(options(n_targets=2, dim=D, teacher_dim=C, side=SIDE))
