@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -340,6 +341,22 @@ def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
     return labels
 
 
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies the weights of a model."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Returns whether both have the same names and, bit for bit, the same tensors."""
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; a value of None removes its key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
 # -- a dataset's rows, and the teacher of their images ---------------------------------------------------------------
 
 TEACHER_SIZE = 12  # pixels; 3 x 3 patches
@@ -397,6 +414,12 @@ def student_processor() -> tf.SiglipImageProcessor:
     return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})
 
 
+def noise_images(n: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> list[Image.Image]:
+    """Makes different images of noise."""
+    noise = np.random.default_rng(seed)
+    return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
+
+
 def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[str, Any]]:
     """Makes rows of a dataset: inputs of the model, labels on answers of different lengths, and an image.
 
@@ -406,11 +429,10 @@ def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[
         with_images: True if the teacher receives the image.
     """
     rows = []
-    for seed in range(n):
+    for seed, image in enumerate(noise_images(n, (9, 9))):
         batch = vlm_batch(model, rows=1, seed=seed)
-        pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         labels = answer_labels(batch, prompt=2 + seed % 5)
-        rows.append({**batch, "labels": labels, "images": [Image.fromarray(pixels.numpy())] if with_images else []})
+        rows.append({**batch, "labels": labels, "images": [image] if with_images else []})
     return rows
 
 

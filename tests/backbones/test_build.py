@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from llamafactory_hera.cli import main
 
+from ..tiny_models import edit_json, same
 from .tiny import FAMILIES, TOWERS, new_tokenizer, save_language_model
 
 PROMPT = torch.tensor([[5, 70, 300, 41, 7, 260]])
@@ -26,14 +27,6 @@ def load(folder: Path) -> Llava:
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @torch.no_grad()
@@ -64,7 +57,9 @@ def test_the_language_model_is_copied_bit_for_bit(family, checkpoints, build):
 def test_image_tokens_are_patch_tokens(tower, side, checkpoints, build, tmp_path):
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
     if side == 64:  # The sizes in the processor and the config may differ: 224 and 518 pixels for DINOv2 on the hub.
-        edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+        edit_json(
+            folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+        )
     built = build(tower=folder)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
     image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
@@ -88,7 +83,7 @@ def test_pad_makes_squares_for_the_encoder(tower, checkpoints, build, tmp_path):
     from llamafactory.data.mm_plugin import get_mm_plugin
 
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
-    edit(folder / "preprocessor_config.json", resample=2, image_mean=[0.2, 0.4, 0.6], image_std=[0.3, 0.4, 0.5])
+    edit_json(folder / "preprocessor_config.json", resample=2, image_mean=[0.2, 0.4, 0.6], image_std=[0.3, 0.4, 0.5])
     reference = tf.AutoImageProcessor.from_pretrained(folder)
     wide = Image.effect_noise((640, 480), 80).convert("RGB")
     built = build(tower=folder, image_aspect_ratio="pad").folder

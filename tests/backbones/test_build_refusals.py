@@ -9,8 +9,9 @@ import transformers as tf
 from safetensors.torch import save_file
 
 from ..ranks import full_disk
+from ..tiny_models import edit_json
 from .conftest import Build
-from .test_build import edit, load, stored
+from .test_build import load, stored
 from .tiny import save_language_model
 
 OTHER_LLMS = [tf.SiglipConfig(), tf.LlavaConfig(), tf.GPT2Config(), tf.Gemma2Config()]
@@ -42,7 +43,7 @@ def test_models_that_llava_cannot_contain_are_refused(role, config, build, tmp_p
 @pytest.mark.parametrize("role, name", [("llm", "qwen3"), ("tower", "clip")])
 def test_a_quantized_model_is_refused(role, name, checkpoints, build, tmp_path):
     folder = shutil.copytree(checkpoints[name], tmp_path / "quantized")
-    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
     refuse(build, tmp_path, "quantized is quantized; give the unquantized checkpoint", **{role: folder})
 
 

@@ -21,6 +21,7 @@ from llamafactory_hera.calibration.weights import HeadWeights
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import calibration_model, collate, inputs
 from tests.ranks import full_disk
+from tests.tiny_models import same, snapshot
 
 CONFIG = RahConfig(samples=24, held_out=8, probes=8, layers="all", p_isal=40, p_caf=50, beta=0.5, rank=4)
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -48,9 +49,9 @@ def divergence_of(model: torch.nn.Module, config: RahConfig, folder: Path) -> fl
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
 def test_a_calibration_writes_adapter_report_and_picture(tmp_path, name):
     model = calibration_model(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = snapshot(model)
     report = calibrate_heads(inputs(model), CONFIG, tmp_path)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(model.state_dict(), before)
     assert names(tmp_path) == ADAPTER | OTHERS
     assert json.loads((tmp_path / "calibration.json").read_text()) == json.loads(json.dumps(report))
     assert report["provenance"]["samples"] == {"profiled": 16, "held_out": 8}
@@ -117,7 +118,7 @@ def test_a_calibration_without_changes_gives_a_report_and_removes_the_old_adapte
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen2"])
 def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path, name):
     model = calibration_model(name)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = snapshot(model)
     config = replace(CONFIG, update="prune", targets="no_caf", p_isal=10, delta=0)
     report = calibrate_heads(inputs(model), config, tmp_path)
     lowest = torch.tensor(report["isal"]).argmin(dim=1).tolist()
@@ -127,7 +128,7 @@ def test_pruning_removes_only_the_output_of_the_chosen_heads(tmp_path, name):
     for layer, head in enumerate(lowest):
         key = next(key for key in before if f"layers.{layer}.self_attn.o_proj" in key and "vision" not in key)
         before[key].unflatten(1, (8, 8))[:, head] = 0
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("change", ["trained", "without a report", "after a report without adapter"])

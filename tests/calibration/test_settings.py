@@ -12,7 +12,7 @@ from llamafactory_hera.cli import main
 from llamafactory_hera.integrations.llamafactory import commands
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import IMAGE, calibration_model, rows_of
-from tests.selection.tiny import noise_images
+from tests.tiny_models import noise_images
 
 # -- keys ------------------------------------------------------------------------------------------------------------
 

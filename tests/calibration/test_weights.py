@@ -16,7 +16,7 @@ from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Upd
 from llamafactory_hera.heads import Target
 from llamafactory_hera.heads.families import decoder_layers
 from tests.calibration.tiny import calibration_model, collate, features, random_profile
-from tests.tiny_models import VLMS, vlm, vlm_batch
+from tests.tiny_models import VLMS, same, snapshot, vlm, vlm_batch
 
 #: Layers that differ in their heads, and also fused or latent value projections.
 MIXED = {"qwen3_5", "qwen3_5_moe", "gemma4", "minicpmv4_6"}
@@ -63,8 +63,8 @@ def test_only_the_named_slices_change_and_are_restored(dtype):
     output = Edit(Target(1, 3), "output", torch.randn(hidden, 2), torch.randn(2, d))
     value = Edit(Target(0, 2), "value", torch.randn(d, 3), torch.randn(3, hidden))
     steps = [(Update((output.head,), (output,)), 0.1), (Update((value.head,), (value,)), 0.05)]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = {name: tensor.clone() for name, tensor in before.items()}
+    before = snapshot(model)
+    expected = snapshot(model)
     for edit, alpha, block, key in (
         (output, 0.1, (slice(None), slice(24, 32)), "1.self_attn.o_proj"),
         (value, 0.05, (slice(16, 24), slice(None)), "0.self_attn.v_proj"),
@@ -73,10 +73,10 @@ def test_only_the_named_slices_change_and_are_restored(dtype):
         expected[name][block] = (before[name][block].float() + alpha * (edit.left @ edit.right)).to(dtype)
         assert not torch.equal(expected[name], before[name])
     with applied(weights, steps):
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        assert same(model.state_dict(), expected)
     with pytest.raises(KeyError), applied(weights, steps):
         raise KeyError
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("name", sorted(MIXED))
@@ -116,12 +116,12 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, lis
 def test_the_adapter_equals_direct_edits_of_the_base_model(made):
     model, steps, folder = made
     batch = collate(features(3))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = snapshot(model)
     with torch.no_grad():
         base = model(**batch).logits
         with applied(HeadWeights(model), steps):
             direct = model(**batch).logits
-            edited = {name: value.clone() for name, value in model.state_dict().items()}
+            edited = snapshot(model)
         adapted = PeftModel.from_pretrained(model, folder)
         unmerged = adapted(**batch).logits
         merged = adapted.merge_and_unload()

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from ..tiny_models import same
 from .runner import Run
 
 pytestmark = pytest.mark.slow
@@ -55,9 +55,7 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_
     assert not (folder / "checkpoint-12").exists()
     resumed = train(args, {"resume_from_checkpoint": True})
     for file in ("model.safetensors", "hera/state.safetensors"):
-        left, right = load_file(resumed.folder / file), load_file(undisturbed.folder / file)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in right), file
+        assert same(load_file(resumed.folder / file), load_file(undisturbed.folder / file)), file
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(train, server, world):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.head_reference import check_layers
+from tests.head_reference import CAPTURES, HEADS, both, check_layers, checkpoint, checkpointed, gradients
 from tests.tiny_models import VLMS, answer_labels, vlm, vlm_batch
 from torch import Tensor, nn
 
@@ -11,9 +11,6 @@ from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import decoder_layers
 
-HEADS = "L1H3,L0H2,L1H0,L1H1"
-CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
-both = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers"])
 ROWS = 4
 
 
@@ -23,11 +20,6 @@ def host(model: nn.Module, reentrant: bool) -> None:
     checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
     arguments = hparams.ModelArguments(model_name_or_path="tiny", use_reentrant_gc=reentrant)
     checkpointing.prepare_model_for_training(model, arguments)
-
-
-def transformers(model: nn.Module, reentrant: bool) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()  # as its Trainer and PEFT do for frozen inputs
 
 
 in_both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -47,15 +39,6 @@ def lora(model: nn.Module) -> nn.Module:
     torch.manual_seed(3)
     modules = ["q_proj", "v_proj", "o_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the gradient of each trainable parameter; zeros if the loss does not reach it."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
 
 
 def term(z: Tensor) -> Tensor:
@@ -92,7 +75,7 @@ def inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 
 @both
 @in_both_modes
-@pytest.mark.parametrize("enable", [host, transformers])
+@pytest.mark.parametrize("enable", [host, checkpoint])
 @pytest.mark.parametrize("training", [full, projector_only, lora], ids=lambda function: function.__name__)
 def test_gradients_equal_those_without_checkpointing(enable, reentrant, training, names):
     model = vlm("llava-qwen3")
@@ -109,7 +92,7 @@ def test_checkpointing_changes_nothing_in_any_kind_of_decoder_layer(name):
         model.vision_model.requires_grad_(False)
     plain = {names: step(model, names) for names in CAPTURES}
     for reentrant in (True, False):
-        transformers(model, reentrant)
+        checkpoint(model, reentrant)
         for names in CAPTURES:
             compare(step(model, names), plain[names])
         check_layers(model, *inputs(model))
@@ -123,11 +106,11 @@ def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, name
     batch, mask = inputs(model)
     plain = step(model, names)
     if before:
-        transformers(model, not reentrant)
+        checkpoint(model, not reentrant)
     with CAPTURES[names](model, names) as capture:
         capture.pool(mask)
         model(**batch)
-        transformers(model, reentrant)
+        checkpoint(model, reentrant)
         functions = [layer._gradient_checkpointing_func for layer in decoder_layers(model)]
         for _ in range(2):
             model.zero_grad()
@@ -144,7 +127,7 @@ def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, name
 @in_both_modes
 def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
     model = vlm("llava-qwen3")
-    transformers(model, reentrant)
+    checkpoint(model, reentrant)
     batch, mask = inputs(model)
     with HeadCapture(model, HEADS) as capture:
         capture.pool(mask)
@@ -153,12 +136,11 @@ def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
         loss.backward()
 
 
+@checkpointed
 @pytest.mark.parametrize("names", ["L0H1,L1H2", "L0,L1"], ids=["heads", "layers"])
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 def test_gradient_seen_lists_the_layers_that_received_a_gradient(checkpointing, names):
     model = vlm("llava-qwen3")
-    if checkpointing is not None:
-        transformers(model, checkpointing)
+    checkpoint(model, checkpointing)
     batch, mask = inputs(model)
     with (HeadCapture if "H" in names else LayerCapture)(model, names) as capture:
         capture.watch_gradients = True

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.head_reference import CAPTURES, checkpoint, checkpointed, gradients, weighted_sum
 from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 
-CAPTURES = {"L1H3,L0H2,L1H0,L1H1": HeadCapture, "L1,L0": LayerCapture, "final": LayerCapture}
-each = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers", "final"])
-checkpointed = pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+WITH_FINAL = CAPTURES | {"final": LayerCapture}
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +27,7 @@ def anew() -> Iterator[None]:
 
 def build(checkpointing: bool | None) -> nn.Module:
     model = text_model("qwen3", attention_bias=True, use_cache=False)
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
+    checkpoint(model, checkpointing)
     return model
 
 
@@ -43,12 +40,11 @@ def step(model: nn.Module, call: nn.Module, capture: HeadCapture | LayerCapture,
     capture.pool(mask)
     loss = call(**batch, labels=batch["input_ids"]).loss
     z = capture.representations()
-    (loss + (z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum()).backward()
-    found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-    return {"z": z.detach(), **found}
+    (loss + weighted_sum(z)).backward()
+    return {"z": z.detach(), **gradients(model)}
 
 
-@each
+@pytest.mark.parametrize("names", WITH_FINAL, ids=["heads", "layers", "final"])
 @checkpointed
 def test_representations_and_gradients_without_a_graph_break(checkpointing, names):
     plain, model = build(checkpointing), build(checkpointing)
@@ -61,7 +57,7 @@ def test_representations_and_gradients_without_a_graph_break(checkpointing, name
     compiled = torch.compile(model, backend=backend)
     compiled(**text_batch(), labels=text_batch()["input_ids"])  # compiled before it is hooked
     assert len(graphs) == 1
-    with CAPTURES[names](plain, names) as expected, CAPTURES[names](model, names) as capture:
+    with WITH_FINAL[names](plain, names) as expected, WITH_FINAL[names](model, names) as capture:
         for seed in range(3):
             want, got = step(plain, plain, expected, seed), step(model, compiled, capture, seed)
             for name, values in want.items():

@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from accelerate import DeepSpeedPlugin
 from datasets import Dataset
 from torch import nn
@@ -19,7 +18,7 @@ from llamafactory_hera.training.checks import check_settings
 from tests.integrations.test_trainer_selection import Stream
 from tests.integrations.test_transformers import BATCH, hera, trainer_of
 from tests.ranks import holder
-from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
+from tests.tiny_models import IMAGE, collate_rows, image_rows, same, snapshot, vlm
 
 
 def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given: Any) -> HeraTrainer:
@@ -148,11 +147,11 @@ def labels_on_all_text(rows: list[dict]) -> dict[str, Any]:
 )
 def test_the_first_batch_is_checked_before_a_step(tmp_path, collate, message):
     model = vlm("llava-llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate)
     with pytest.raises(ValueError, match=message):
         trainer.train()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 def captions_only(rows: list[dict]) -> dict[str, Any]:

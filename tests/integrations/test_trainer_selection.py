@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from tests.integrations.test_transformers import arguments, hera, lines
-from tests.tiny_models import collate_rows, image_rows, vlm
+from tests.tiny_models import collate_rows, image_rows, same, snapshot, vlm
 
 SELECT = {"heads": "auto", "select_k": 4, "select_samples": 24, "select_m": 2, "select_batch_size": 8}
 
@@ -42,12 +42,12 @@ def written(folder: Path) -> dict[str, Any]:
 def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path, mode):
     model = vlm("llava-llama")
     model.model.vision_tower.eval()  # a part of the model that the run does not train
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     modes = [module.training for module in model.modules()]
     trainer = selecting(tmp_path / "auto", model, select_mode=mode)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
     found = written(tmp_path / "auto")
     assert found["heads"] == list(trainer.aligner.targets.names)

@@ -23,7 +23,7 @@ from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.integrations.gradients import expected_term, run, token_mean
 from tests.selection.tiny import write_scores
-from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, same, student_processor, teacher_folder, vlm
 
 BATCH = 4
 VIRAL = {"heads": None, "granularity": "layer", "layers": "L1", "objective": "viral"}
@@ -105,8 +105,7 @@ def test_a_run_logs_its_curves_resumes_exactly_and_leaves_its_files(tmp_path, ma
     (first, again) = (text for text in caplog.messages if "MKNN of the aligned heads went" in text)
     assert first == again  # the resumed run knows the lines before it
     assert "the last 2 of 4 log lines" in first
-    for name, tensor in straight.model.state_dict().items():
-        assert torch.equal(resumed.model.state_dict()[name], tensor)
+    assert same(straight.model.state_dict(), resumed.model.state_dict())
 
 
 def test_the_card_shows_scores_before_and_after_and_claims_no_result(tmp_path):
@@ -145,8 +144,7 @@ def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_p
         return
     kept = trainer_of(tmp_path, type(model).from_pretrained(tmp_path / "checkpoint-2"), **settings)
     kept.aligner.load(tmp_path / "checkpoint-2")
-    for name, tensor in kept.model.state_dict().items():
-        assert torch.equal(tensor, trainer.model.state_dict()[name])
+    assert same(kept.model.state_dict(), trainer.model.state_dict())
     values = trainer.aligner.objective.values()
     assert values == kept.aligner.objective.values() != Aligner(model, hera()).objective.values()
     assert values["hera_temperature"] != lines(trainer)[-1]["hera_temperature"]
@@ -287,8 +285,7 @@ def test_steps_with_a_non_finite_term_train_only_on_the_lm_loss(tmp_path, monkey
     trainer.train()
     rounds = 1 if "accumulate" in keys else 2
     assert [line["hera_nan_steps"] for line in lines(trainer)] == [rounds, 1, rounds]  # an epoch has three batches
-    after = trainer.aligner.optimizer.state()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert same(before, trainer.aligner.optimizer.state())
     plain = vlm("llava-llama")
     rows = [{k: v for k, v in row.items() if k != "images"} for row in rows]
     sft = Trainer(plain, arguments(tmp_path, **settings), train_dataset=rows, data_collator=collate_rows)

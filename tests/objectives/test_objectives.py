@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llamafactory_hera.objectives import TokenBatch, TokenObjective, create, find, names
-from tests.terms import options
-
-from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
+from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N, options, pooled
 
 
 def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tensor:
@@ -65,7 +63,7 @@ def test_cka_of_equal_samples_has_a_finite_gradient():
         (torch.randn(TARGETS, N, D), one_image),
         (torch.ones(TARGETS, N, D), torch.randn(N, D_TEACHER)),
     ):
-        batch = pooled(z.requires_grad_(), teacher)
+        batch = pooled(z.requires_grad_(), teacher, VALID[0])
         objective(batch).sum().backward()
         assert z.grad.isfinite().all()
         assert objective.gradient_expected(batch) == (teacher is not one_image)

@@ -13,9 +13,8 @@ from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from llamafactory_hera.training.term import HeraTerm
+from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N
 from tests.tiny_models import image_rows, student_processor, teacher_folder, vlm, vlm_batch
-
-from .batches import D_TEACHER, OPTIONS, TARGETS, D, N
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llamafactory_hera.rivals.ross import LatentTeacher
-from tests.tiny_models import autoencoder
+from tests.tiny_models import autoencoder, edit_json
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -75,7 +75,7 @@ def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder
         ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
     ],
 )
-def test_a_folder_of_another_model_is_refused(damage, message, folder, edit_json):
+def test_a_folder_of_another_model_is_refused(damage, message, folder):
     assert LatentTeacher.check(str(folder), SIDE) == folder
     edit_json(folder / "config.json", **damage)
     with pytest.raises(ValueError, match=f"^hera_teacher: .*{re.escape(str(folder))}.*{message}"):

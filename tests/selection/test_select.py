@@ -22,9 +22,9 @@ from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.scores import ScoreFile
 from tests.ranks import holder, run_ranks
-from tests.tiny_models import HEADS, LAYERS, text_model
+from tests.tiny_models import HEADS, LAYERS, noise_images, text_model
 
-from .tiny import Rows, captions, layer_settings, noise_images, settings, text_inputs, vlm_inputs
+from .tiny import Rows, captions, layer_settings, settings, text_inputs, vlm_inputs
 
 ALL_HEADS = [f"L{layer}H{head}" for layer in range(LAYERS) for head in range(HEADS)]
 

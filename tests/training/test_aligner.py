@@ -15,7 +15,7 @@ from llamafactory_hera.distributed import mean_over_ranks
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED, PIXELS
 from llamafactory_hera.training.watch import RunningMeans
-from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, same, student_processor, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
 BATCH = 4
@@ -126,8 +126,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, memory):
     one, two = (load_file(tmp_path / name / "hera/state.safetensors") for name in ("one", "two"))
     assert any("optimizer" in name for name in one)
     assert any("memory" in name for name in one)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same(one, two)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*hera_heads was L1H0,L0H2, is L0H2"):
         make(straight.model, heads="L0H2").load(tmp_path)
 
