@@ -1,11 +1,14 @@
-"""Gradient checkpointing recomputes layers in the backward pass, and must change no capture and no gradient."""
+"""Gradient checkpointing and torch.compile change no capture and no gradient."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.head_reference import CAPTURES, HEADS, both, check_layers, checkpoint, checkpointed, gradients
-from tests.tiny_models import VLMS, answer_labels, vlm, vlm_batch
+from tests.head_reference import CAPTURES, HEADS, both, check_layers, checkpoint, checkpointed, gradients, weighted_sum
+from tests.tiny_models import VLMS, answer_labels, text_batch, text_model, vlm, vlm_batch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
@@ -149,3 +152,59 @@ def test_gradient_seen_lists_the_layers_that_received_a_gradient(checkpointing, 
             model(**batch)
             (capture.representations() * torch.tensor(factors).view(2, 1, 1)).sum().backward()
             assert capture.gradient_seen == expected
+
+
+WITH_FINAL = CAPTURES | {"final": LayerCapture}
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build(checkpointing: bool | None) -> nn.Module:
+    model = text_model("qwen3", attention_bias=True, use_cache=False)
+    checkpoint(model, checkpointing)
+    return model
+
+
+def compiled_step(
+    model: nn.Module, call: nn.Module, capture: HeadCapture | LayerCapture, seed: int
+) -> dict[str, Tensor]:
+    """Returns the representations and the gradients of one training step."""
+    batch = text_batch(seed=seed)
+    mask = batch["attention_mask"].bool()
+    mask[:, :2] = False
+    model.zero_grad()
+    capture.pool(mask)
+    loss = call(**batch, labels=batch["input_ids"]).loss
+    z = capture.representations()
+    (loss + weighted_sum(z)).backward()
+    return {"z": z.detach(), **gradients(model)}
+
+
+@pytest.mark.parametrize("names", WITH_FINAL, ids=["heads", "layers", "final"])
+@checkpointed
+@pytest.mark.usefixtures("anew")
+def test_a_compiled_model_has_the_same_values_without_a_graph_break(checkpointing, names):
+    plain, model = build(checkpointing), build(checkpointing)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(**text_batch(), labels=text_batch()["input_ids"])  # compiled before it is hooked
+    assert len(graphs) == 1
+    with WITH_FINAL[names](plain, names) as expected, WITH_FINAL[names](model, names) as capture:
+        for seed in range(3):
+            want, got = compiled_step(plain, plain, expected, seed), compiled_step(model, compiled, capture, seed)
+            for name, values in want.items():
+                scale = max(1.0, values.abs().max().item())
+                torch.testing.assert_close(got[name], values, rtol=0, atol=1e-6 * scale)
+    assert sum(counters["graph_break"].values()) == 0
+    assert len(graphs) == 2  # a new mask does not cause a recompilation

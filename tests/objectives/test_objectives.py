@@ -1,13 +1,20 @@
-"""Each objective compared with its definition, and its gradients with finite differences."""
+"""Every objective compared with its definition; the registry, and the example objectives of CONTRIBUTING.md."""
 
+import itertools
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import TokenBatch, TokenObjective, create, find, names
+from llamafactory_hera.config import OBJECTIVE_KEYS, HeraConfig
+from llamafactory_hera.objectives import TokenBatch, TokenObjective, base, create, find, names, register
 from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N, options, pooled
+from tests.tiny_models import snapshot
+from tests.training.test_aligner import LAYER, Run
 
 
 def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tensor:
@@ -121,3 +128,79 @@ def test_gradients_match_finite_differences(name):
 
     values = [parameter.detach().clone().requires_grad_() for parameter in parameters.values()]
     assert torch.autograd.gradcheck(loss, (z.requires_grad_(), *values))
+
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Registers both objectives of the page for one test, and returns the name of the first."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        assert len(code.strip().splitlines()) <= 36
+        exec(code, {})
+    return "distances"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"objective": "distances"}, LAYER | {"objective": "quarter"}], ids=["heads", "a plan"]
+)
+def test_the_examples_of_the_page_train_and_learn_their_parameters(example, keys):
+    run = Run(**keys)
+    before = snapshot(run.aligner.objective)
+    terms = [run.step() for _ in range(16)]
+    assert sum(terms[-2:]) < 0.8 * sum(terms[:2])
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in run.aligner.objective.state_dict().items())
+
+
+def test_the_key_accepts_the_name_of_the_example(example):
+    HeraConfig(heads="L0H1", objective=example)
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):
+        HeraConfig(heads="L0H1", objective="nothing")
+
+
+def test_all_objectives_are_registered():
+    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis", "gram"}
+    assert ours <= set(names())
+    on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
+    assert on_tokens == {"feature", "viral", "ross", "jarvis", "gram"}
+    assert {name for name in ours if "hera_memory" in find(name).reads} == {"contrastive"}
+    assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
+
+
+def test_a_registered_name_cannot_be_used_again():
+    with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
+        register("cka")(find("feature"))
+
+
+SHOWN = torch.tensor([True, True, False])
+
+
+def gram_loss(tokens: Tensor, teacher: Tensor) -> Tensor:
+    return create("gram", options(2, 5, 3))(TokenBatch(tokens, None, teacher, SHOWN))
+
+
+def test_gram_is_the_mean_squared_difference_over_pairs_of_tokens_of_an_image():
+    tokens, teacher = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 3)
+    found = gram_loss(tokens, teacher)
+    for target in range(2):
+        for image in range(3):
+            ours, theirs = tokens[target, image], teacher[image]
+            pairs = itertools.product(range(4), repeat=2)
+            errors = [(cosine(ours[i], ours[j]) - cosine(theirs[i], theirs[j])) ** 2 for i, j in pairs]
+            torch.testing.assert_close(found[target, image], sum(errors) / 16, rtol=1e-4, atol=0)
+
+
+def test_gram_is_0_for_rotated_and_scaled_patches_of_the_teacher():
+    teacher = torch.randn(3, 4, 3)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 3))
+    lengths = torch.rand(2, 3, 4, 1) + 0.5
+    assert gram_loss(lengths * (teacher @ rotation.T), teacher).abs().max() < 1e-10
+
+
+def test_rows_of_zeros_have_finite_gradients_in_gram():
+    tokens = torch.where(SHOWN.view(-1, 1, 1), torch.randn(2, 3, 4, 5), 0.0).requires_grad_()
+    gram_loss(tokens, torch.where(SHOWN.view(-1, 1, 1), torch.randn(3, 4, 3), 0.0)).sum().backward()
+    assert tokens.grad.isfinite().all()
+    assert ((tokens.grad != 0).flatten(2).any(2) == SHOWN).all()

@@ -1,11 +1,14 @@
-"""The script in recipes/transformers trains the demo model without any edit."""
+"""The scripts and the notebook of the recipes, and the benchmarks, run as they are."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -60,3 +63,39 @@ def test_a_row_begins_with_one_bos_token(tmp_path):
         processor.tokenizer.add_bos_token = adds
         ids = runpy.run_path(SCRIPT)["Collator"](processor)([row])["input_ids"]
         assert (ids[0, 0], (ids == bos).sum()) == (bos, 1)
+
+
+FOLDER = ROOT / "recipes/notebook"
+
+
+@pytest.mark.slow
+def test_the_notebook_selects_trains_and_shows(world):
+    notebook = nbformat.read(FOLDER / "hera_in_ten_minutes.ipynb", as_version=4)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
+    settings.source += f"\nSTEPS, SIZE, FOLDER = 4, 'test', {str(world)!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output.get("text", "") for output in outputs)
+    changed = re.findall(r"^ +(L\dH\d)  ([\d.]+) -> ([\d.]+)$", text, re.MULTILINE)
+    assert len(changed) == 5
+    assert any(before != after for _, before, after in changed)
+    # three samples, the scores, the curves, the gallery
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
+
+
+BENCHES = {
+    "overhead": "overhead.py {root}/recipes/demo/hera.yaml hera_heads=L1H0,L0H2 --rounds 1",
+    "cache": "cache.py --images 20000 --dim 8 --seconds 0.2 --readers 1",
+    "mknn": "mknn.py --rounds 1 --layers 2 --heads 4 --samples 32 --dim 64 --head-dim 16",
+    "selection": "selection.py --rounds 1 --samples 16 --dim 128 --threads 1",
+    "start": "start.py --rounds 1",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bench", BENCHES)
+def test_the_benchmark_runs(server, world, bench):
+    script, *options = BENCHES[bench].format(root=ROOT).split()
+    code, output = server.script(ROOT / "benchmarks" / script, *options, cwd=world)
+    assert code == 0, output
