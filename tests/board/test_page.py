@@ -95,15 +95,8 @@ def test_a_report_fits_a_phone_and_is_light_or_dark(browser, tmp_path, scheme):
     page.context.close()
 
 
-@pytest.mark.parametrize(
-    ("heads", "reason"),
-    [
-        ("banana", "'banana' is not a head; write heads as L<layer>H<head>"),
-        ("L99H0", "L99H0 does not exist: the model has layers L0 to L4"),
-    ],
-)
-def test_the_reason_for_a_refusal_is_shown(heads, reason, page):
-    page.describe_run(f"refused_{heads}", Attention_heads=heads)
+def test_the_reason_for_a_refusal_is_shown(page):
+    page.describe_run("refused", Attention_heads="L99H0")
     page.press("Start")
-    page.see(reason, timeout=SLOW)
+    page.see("L99H0 does not exist: the model has layers L0 to L4", timeout=SLOW)
     expect(page.page.get_by_text("Traceback")).to_have_count(0)

@@ -6,6 +6,7 @@ tests/engines compares the gradients of every parameter, also under FSDP.
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ..tiny_models import same
-from .conftest import LORA, Train
+from .conftest import LORA
 from .runner import ROOT, Run, run_command
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def _engine(name: str, world: Path) -> dict[str, Any]:
     return {"deepspeed": f"{name}.json", "use_cpu": False}
 
 
-def _run(train: Train, env: dict[str, str], *args: dict[str, Any]) -> Run:
+def _run(train: Callable[..., Run], env: dict[str, str], *args: dict[str, Any]) -> Run:
     return train(TWO, *args, ranks=2, env=env | {"CUDA_VISIBLE_DEVICES": ""})
 
 

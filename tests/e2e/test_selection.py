@@ -20,13 +20,6 @@ AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 
 @pytest.fixture
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the demo as the working directory."""
-    monkeypatch.chdir(world)
-    return world
-
-
-@pytest.fixture
 def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Path:
     """A recipe without heads."""
     name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)

@@ -26,21 +26,14 @@ def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given
     return trainer_of(folder, model, rows, given=given, **values)
 
 
-def rows_without(*columns: str) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in columns} for row in image_rows(vlm("llava-llama"), 2 * BATCH)]
-
-
-def raw() -> list[dict]:
-    return [{"messages": [], "images": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)]
-
-
-def photos() -> dict[str, Any]:
-    rows = [{**row, "photo": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)]
-    return {"rows": rows, "images_of": lambda row: row["photo"]}
+ROWS = image_rows(vlm("llava-llama"), 2 * BATCH)
+NO_IMAGES = [{name: value for name, value in row.items() if name != "images"} for row in ROWS]
+RAW = [{"messages": [], "images": row["images"]} for row in ROWS]
+PHOTOS = {"rows": [{**row, "photo": row["images"]} for row in ROWS], "images_of": lambda row: row["photo"]}
 
 
 def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_path):
-    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+    trainer = make(tmp_path, ROWS[:BATCH])
     with holder(tmp_path), pytest.raises(ValueError, match=r"^output_dir: .* is in use by another"):
         trainer.train()
     trainer.train()
@@ -49,22 +42,17 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": rows_without("images")}, r"^images_of: no image was found in the 8 rows .* \(input_ids,"),
+        ({"rows": NO_IMAGES}, r"^images_of: no image was found in the 8 rows .* \(input_ids,"),
         ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; return a list of images"),
-        ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
-        (photos(), "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
-        (
-            {"arguments": {"per_device_train_batch_size": 1}},
-            "^per_device_train_batch_size: 1 gives a global batch of 1",
-        ),
+        ({"rows": RAW}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
+        (PHOTOS, "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
+        ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives a global batch"),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^heads: auto selects on the training data"),
     ],
 )
 def test_the_constructor_refuses(tmp_path, given, message):
-    given = dict(given)
-    rows = given.pop("rows", None) or image_rows(vlm("llava-llama"), 2 * BATCH)
     with pytest.raises(ValueError, match=message):
-        make(tmp_path, rows, **given)
+        make(tmp_path, **{"rows": ROWS, **given})
 
 
 def _deepspeed(keys: dict[str, Any]) -> DeepSpeedPlugin:
@@ -101,7 +89,7 @@ def test_one_image_among_many_rows_is_enough(kind):
     ],
 )
 def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, message, monkeypatch):
-    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+    trainer = make(tmp_path, ROWS[:BATCH])
     model, state = trainer.model, trainer.accelerator.state
     owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
     monkeypatch.setattr(
@@ -115,7 +103,7 @@ def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, m
 def test_a_process_that_imported_unsloth_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     with pytest.raises(ValueError, match=r"^unsloth: importing it replaces the attention .* do not import unsloth"):
-        make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+        make(tmp_path, ROWS[:BATCH])
 
 
 # -- the first batch -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from llamafactory_hera.integrations.transformers import HeraTrainer, HeraTrainer
 from llamafactory_hera.selection.report import compare
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
-from tests.integrations.gradients import expected_term, run, token_mean
+from tests.integrations.gradients import check_term, run, token_mean
 from tests.selection.tiny import write_scores
 from tests.tiny_models import collate_rows, image_rows, same, student_processor, teacher_folder, vlm
 
@@ -299,19 +299,15 @@ def test_steps_with_a_non_finite_term_train_only_on_the_lm_loss(tmp_path, monkey
 STEPS = 2
 
 
-class FailOnce(TrainerCallback):
-    def __init__(self) -> None:
-        self.failed = False
-
-    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
-        if not self.failed:
-            self.failed = True
-            raise RuntimeError("CUDA out of memory.")
-
-
 def test_gradient_caching_restarts_after_a_failed_attempt(tmp_path):
     two = {"gradient_accumulation_steps": STEPS, "hera": {"accumulate": "gradcache"}, "max_steps": 2}
-    trainer = trainer_of(tmp_path, **two)
+    trainer, errors = trainer_of(tmp_path, **two), [RuntimeError("CUDA out of memory.")]
+
+    class FailOnce(TrainerCallback):
+        def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
+            while errors:
+                raise errors.pop()
+
     trainer.add_callback(FailOnce())
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
@@ -333,15 +329,9 @@ def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
     return found
 
 
-class NoLossKwargs(type(vlm("llava-llama"))):  # type: ignore[misc]
-    """LLaVA that takes no `num_items_in_batch`."""
-
-    accepts_loss_kwargs = False
-
-
 def no_loss_kwargs() -> nn.Module:
     model = vlm("llava-llama")
-    model.__class__ = NoLossKwargs
+    model.accepts_loss_kwargs = False
     return model
 
 
@@ -367,23 +357,14 @@ def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
     def trainer_with(weight: float) -> HeraTrainer:
         return trainer_of(tmp_path, make(), rows, hera={"weight": weight, "accumulate": accumulate}, **values)
 
-    trainer = trainer_with(0.5)
-    assert trainer.model_accepts_loss_kwargs == accepts
-    losses = lm_losses(trainer.model, rows)
-    expected, term = expected_term(trainer, together=accumulate == "gradcache")
-    (with_term, logged), (without, _) = run(trainer), run(trainer_with(0.0))
-    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
-    largest = max(gradient.abs().max().item() for gradient in with_term.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(with_term[name] - without[name], 0.5 * gradient, rtol=0, atol=2e-6 * largest)
-
+    assert trainer_with(0.5).model_accepts_loss_kwargs == accepts
+    losses = lm_losses(make(), rows)
+    logged = check_term(trainer_with, accumulate == "gradcache", 2e-6)
     by_tokens = sum(total for total, _ in losses) / sum(n for _, n in losses)
     by_batches = sum(total / n for total, n in losses) / STEPS
     assert abs(by_tokens - by_batches) > 4e-4
     counts = accepts or loss_function is not None
     assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
-    assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
-    assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
 
 
 @pytest.mark.parametrize("library", ["DeepSpeed", "torch"])

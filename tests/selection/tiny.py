@@ -22,11 +22,6 @@ def settings(**keys: Any) -> HeraConfig:
     return HeraConfig.from_keys({"hera_teacher": "tiny/teacher"} | {f"hera_{key}": keys[key] for key in keys})
 
 
-def layer_settings(**keys: Any) -> HeraConfig:
-    """Makes the keys for selecting layers."""
-    return settings(granularity="layer", heads=None, layers="auto", **keys)
-
-
 class Rows:
     """A dataset in memory: the images and the features of each row."""
 
