@@ -77,3 +77,10 @@ def copy_demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path
 def world(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], Path]) -> Path:
     """A folder with a small ``hera_demo``; runs write their output next to it."""
     return copy_demo(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder ``world`` as the working directory."""
+    monkeypatch.chdir(world)
+    return world

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,30 @@ from llamafactory_hera.heads.probe import pooled_heads
 
 #: Weight ``[D, H * d]`` and bias of each layer's output projection.
 Projections = list[tuple[Tensor, Tensor | None]]
+
+HEADS = "L1H3,L0H2,L1H0,L1H1"
+#: Targets -> the class that captures them.
+CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
+both = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers"])
+checkpointed = pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+
+
+def checkpoint(model: nn.Module, reentrant: bool | None) -> None:
+    """Enables gradient checkpointing as a Trainer does; None leaves it off."""
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()  # as PEFT does for frozen inputs
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the gradient of each trainable parameter; zeros if no loss reached it."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
+
+
+def weighted_sum(z: Tensor) -> Tensor:
+    """Adds all values with different fixed weights, so that every value has its own gradient."""
+    return (z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum()
 
 
 @dataclass

@@ -1,14 +1,18 @@
-"""Options for objectives, and a HeRA term that receives its temperature with each batch."""
+"""Options and small batches for objectives, and a HeRA term that receives its temperature with each batch."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from llamafactory_hera.alignment.neighbors import teacher_candidates
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.objectives import Options
+from llamafactory_hera.objectives import Options, PooledBatch
 from llamafactory_hera.objectives.contrastive import Contrastive
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.term import HeraTerm, TermOutput
+
+TARGETS, N, D, D_TEACHER = 2, 6, 4, 3
 
 
 def options(
@@ -16,6 +20,17 @@ def options(
 ) -> Options:
     """Makes options with the given sizes and ``hera_*`` keys."""
     return Options(HeraConfig(heads="L0H0", **keys), n_targets, dim, teacher_dim, side, initializer_range)
+
+
+OPTIONS = options(TARGETS, D, D_TEACHER)
+
+
+def pooled(z: Tensor, teacher: Tensor, valid: Tensor) -> PooledBatch:
+    """Makes a batch without memory, as the term does."""
+    z = torch.where(valid.view(1, -1, 1), z, 0.0)
+    teacher = torch.where(valid.view(-1, 1), teacher, 0.0)
+    candidates = teacher_candidates(teacher, valid, 2, True)
+    return PooledBatch(z, z, teacher, valid, slice(0, len(valid)), z, candidates, True)
 
 
 class ContrastiveTerm(HeraTerm):

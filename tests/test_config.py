@@ -3,7 +3,6 @@
 import math
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,7 @@ def read(**keys: Any) -> HeraConfig:
 # -- the declarations ------------------------------------------------------------------------------------------------
 
 
-def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys() -> None:
+def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys():
     assert all(key.startswith("hera_") and declared.metadata["help"].endswith(".") for key, declared in KEYS.items())
     for names in (SELECTION_KEYS, SCORE_KEYS, FIXED_KEYS, RESUMABLE_KEYS, OBJECTIVE_KEYS):
         assert {*names} <= {*KEYS}
@@ -32,7 +31,7 @@ def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys() -> None
     assert not {*FIXED_KEYS} & {*RESUMABLE_KEYS}
 
 
-def test_defaults() -> None:
+def test_defaults():
     paper = {"hera_weight": 0.01, "hera_k": 10, "hera_temperature": 0.07, "hera_teacher": "facebook/dinov2-large"}
     ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": "auto"}
     ours |= {"hera_fixed_temperature": False}
@@ -43,7 +42,7 @@ def test_defaults() -> None:
     assert not [key for key, declared in KEYS.items() if declared.default is True]
 
 
-def test_every_key_is_read_from_a_mapping_and_from_an_object() -> None:
+def test_every_key_is_read_from_a_mapping_and_from_an_object():
     values = {
         **{"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L3,L1", "hera_objective": "contrastive"},
         **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
@@ -62,7 +61,7 @@ def test_every_key_is_read_from_a_mapping_and_from_an_object() -> None:
     assert (config.select, config.select_m, config.normalize) == ("top", 2, False)
 
 
-def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
+def test_an_unknown_key_is_refused_with_a_suggestion():
     for name, part in (("wieght", "did you mean {}weight?"), ("lr", "choose one of {0}heads, .*, {0}select_seed.")):
         part = part.replace("?", r"\?")
         with pytest.raises(ValueError, match=rf"^hera_{name}: no such key; {part.format('hera_')}"):
@@ -90,7 +89,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
         ("hera_teacher_cache", None, None),
     ],
 )
-def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, value: object, expected: object) -> None:
+def test_values_are_converted_as_yaml_and_command_lines_give_them(key, value, expected):
     found = read(**{key: value}).keys()[key]
     assert found == expected
     assert type(found) is type(expected)
@@ -116,7 +115,7 @@ def test_values_are_converted_as_yaml_and_command_lines_give_them(key: str, valu
         *(("hera_heads", value, "is not a head") for value in (3, [3, 4], 0.5)),
     ],
 )
-def test_the_error_for_a_bad_value_names_key_value_and_remedy(key: str, value: object, part: str) -> None:
+def test_the_error_for_a_bad_value_names_key_value_and_remedy(key, value, part):
     with pytest.raises(ValueError) as error:
         read(**{key: value})
     assert str(error.value).startswith(f"{key}: ")
@@ -141,7 +140,7 @@ def test_the_error_for_a_bad_value_names_key_value_and_remedy(key: str, value: o
         ),
     ],
 )
-def test_contradictory_values_are_refused(change: dict[str, Any], message: str) -> None:
+def test_contradictory_values_are_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         read(**change)
 
@@ -155,18 +154,18 @@ def test_contradictory_values_are_refused(change: dict[str, Any], message: str) 
         (LAYER | {"hera_objective": "ross", "hera_teacher_cache": "cache"}, "hera_teacher_cache: cache"),
     ],
 )
-def test_a_key_that_the_objective_does_not_read_gives_a_warning(change: dict[str, Any], key: str) -> None:
+def test_a_key_that_the_objective_does_not_read_gives_a_warning(change, key):
     with pytest.warns(UserWarning, match=f"^{key} has no effect with hera_objective: .*, which does not read it"):
         read(**change)
 
 
-def test_changes_lists_the_named_entries_that_existed_before_and_differ() -> None:
+def test_changes_lists_the_named_entries_that_existed_before_and_differ():
     before, now = {"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}
     assert changes(before, now, ("a", "b", "d")) == ["b was 2, is 5"]
     assert changes(before, now, ("c",)) == ["c was 3, is None"]
 
 
-def test_more_heads_than_the_paper_recommends_give_a_warning() -> None:
+def test_more_heads_than_the_paper_recommends_give_a_warning():
     heads = "L0H0,L0H1,L0H2,L0H3,L0H4"
     for keys, named in (
         ({"hera_heads": "auto", "hera_select_m": 10}, "_select_m: 10"),
@@ -179,9 +178,7 @@ def test_more_heads_than_the_paper_recommends_give_a_warning() -> None:
         read(hera_heads=heads)
 
 
-def test_a_custom_objective_is_loaded_from_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_objective_is_loaded_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_package_of_a_test").mkdir()
     (tmp_path / "my_package_of_a_test/mine.py").write_text(
         "from llamafactory_hera.objectives import Objective\n"

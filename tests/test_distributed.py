@@ -19,6 +19,7 @@ from tests.waits import Waits
 
 CPU = torch.device("cpu")
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
+WEIGHTS = torch.arange(12.0).view(3, 4)
 
 #: Case -> the samples of each rank, and for each sample whether it is valid.
 BATCHES: dict[str, tuple[list[range], list[bool]]] = {
@@ -36,21 +37,12 @@ def samples(step: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(8, D_IN, generator=generator), torch.randn(8, D_TEACHER, generator=generator)
 
 
-def heads_of(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Representations ``[HEADS, B, D]``."""
-    return module(inputs).unflatten(1, (HEADS, D)).transpose(0, 1)
-
-
-def new_module() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(D_IN, 7), nn.Tanh(), nn.Linear(7, HEADS * D))
-
-
 def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
     """Returns loss, statistics and gradients of two steps with a memory, for one rank or for the whole batch."""
     rows, valid = BATCHES[batch]
     mine = [i for part in rows for i in part] if rank is None else list(rows[rank])
-    module = new_module()
+    torch.manual_seed(1)
+    module = nn.Sequential(nn.Linear(D_IN, 7), nn.Tanh(), nn.Linear(7, HEADS * D))
     wrapped = DistributedDataParallel(module) if wrap else module
     memory = CrossBatchMemory(5)
     term = ContrastiveTerm(k=3, memory=memory)
@@ -61,7 +53,8 @@ def term_of(batch: str, rank: int | None, wrap: bool) -> dict[str, Tensor]:
         module.zero_grad()
         log_temperature.grad = None
         inputs, teacher = (tensor[mine] for tensor in samples(step))
-        heads, entering, temperature = heads_of(wrapped, inputs), torch.tensor(valid)[mine], log_temperature.exp()
+        heads = wrapped(inputs).unflatten(1, (HEADS, D)).transpose(0, 1)
+        entering, temperature = torch.tensor(valid)[mine], log_temperature.exp()
         with waits:
             output = term(heads, teacher, entering, temperature, n_rows)
         output.loss.backward()
@@ -107,7 +100,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
     gathered = gather_rows(rows)
     seen = []
     gathered.register_hook(lambda gradient: seen.append(gradient.is_contiguous()))
-    (gathered.t() * weights_of_transpose()).sum().backward()
+    (gathered.t() * WEIGHTS).sum().backward()
     results["gradient of a transpose"], results["was contiguous"] = rows.grad, torch.tensor(seen)
 
     means = mean_over_ranks({"loss": math.nan if number else 3.0, "mknn": 0.25 + number, "lost": math.nan}, CPU)
@@ -121,10 +114,6 @@ def plain_cases(number: int) -> dict[str, Tensor]:
         optimizer.step(0.05)
     results["temperature of a replica"] = objective.log_temperature.detach()
     return results
-
-
-def weights_of_transpose() -> Tensor:
-    return torch.arange(12.0).view(3, 4)
 
 
 def all_cases(rank: int) -> dict[str, dict[str, Tensor]]:
@@ -171,7 +160,7 @@ def test_the_gradient_of_a_rank_is_its_slice_of_the_sum_over_ranks(ranks):
 def test_a_noncontiguous_gradient_is_reduced_correctly(ranks):
     for rank, result in enumerate(rank["plain"] for rank in ranks):
         assert not result["was contiguous"].any()
-        expected = RANKS * weights_of_transpose().t()[2 * rank : 2 * rank + 2]
+        expected = RANKS * WEIGHTS.t()[2 * rank : 2 * rank + 2]
         assert torch.equal(result["gradient of a transpose"], expected)
 
 

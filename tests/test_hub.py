@@ -34,14 +34,14 @@ def find(name: str) -> Path:
     return local_folder(name, "hera_teacher", "a vision model")
 
 
-def test_a_folder_is_accepted_if_it_contains_a_configuration(model: Path) -> None:
+def test_a_folder_is_accepted_if_it_contains_a_configuration(model):
     assert find(str(model)) == model
     (model / "config.json").unlink()
     with pytest.raises(ValueError, match=r"^hera_teacher: .*model contains no config\.json\. Give a vision model\.$"):
         find(str(model))
 
 
-def test_a_cached_model_is_found_without_a_network(model: Path, offline: Path) -> None:
+def test_a_cached_model_is_found_without_a_network(model, offline):
     snapshot = offline / "snapshots" / COMMIT
     shutil.copytree(model, snapshot)
     (offline / "refs").mkdir()
@@ -50,7 +50,7 @@ def test_a_cached_model_is_found_without_a_network(model: Path, offline: Path) -
 
 
 @pytest.mark.parametrize("name", [REPO, "models/missing folder", "dinov2"])
-def test_a_missing_model_is_refused_in_one_line(name: str, offline: Path) -> None:
+def test_a_missing_model_is_refused_in_one_line(name, offline):
     with pytest.raises(
         ValueError, match=rf"^hera_teacher: {name} is not a folder and cannot be fetched .*Give"
     ) as error:
@@ -58,7 +58,7 @@ def test_a_missing_model_is_refused_in_one_line(name: str, offline: Path) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_weight_files_are_chosen_in_the_order_of_transformers_and_not_beside_an_adapter(model: Path) -> None:
+def test_weight_files_are_chosen_in_the_order_of_transformers_and_not_beside_an_adapter(model):
     (model / "pytorch_model.bin").touch()
     (model / "adapter_model.safetensors").touch()
     (model / "adapter_config.json").touch()

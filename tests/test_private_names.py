@@ -59,7 +59,7 @@ def _used(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
-def test_every_private_name_of_another_package_is_listed() -> None:
+def test_every_private_name_of_another_package_is_listed():
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
     ours = {name for tree in trees for name in _defined(tree)} | _PUBLIC
     used = {name for tree in trees for name in _used(tree) if _PRIVATE.fullmatch(name)}
@@ -84,10 +84,10 @@ def lines_with(pattern: re.Pattern, *but: str) -> list[str]:
     ]
 
 
-def test_the_method_names_no_host() -> None:
+def test_the_method_names_no_host():
     assert lines_with(HOST_WORDS, "integrations", "cli.py", "doctor.py", "__init__.py") == []
 
 
-def test_the_library_logs_to_one_logger() -> None:
+def test_the_library_logs_to_one_logger():
     """A host that shows this logger shows all messages; axolotl hides INFO messages of every other logger."""
     assert lines_with(re.compile(r"getLogger\((?!\"llamafactory_hera\")"), "integrations") == []

@@ -14,6 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -137,56 +138,15 @@ TEXT_CONFIGS: dict[str, Callable[..., tf.PretrainedConfig]] = {
 }
 
 
-def _llava(text: str, **kw: Any) -> nn.Module:
-    return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(
-            vision_config=tf.CLIPVisionConfig(**_VISION), text_config=TEXT_CONFIGS[text](**kw), image_token_index=IMAGE
-        )
-    )
+def _other(kind: str, text: str, vision: dict[str, Any] | None = None, **keys: Any) -> Callable[..., nn.Module]:
+    """Returns a function that makes a VLM; in ``vision``, a value of None removes a key."""
 
+    def build(**kw: Any) -> nn.Module:
+        tower = {name: value for name, value in (_VISION | (vision or {})).items() if value is not None}
+        config = _config(kind)(text_config=TEXT_CONFIGS[text](**kw), vision_config=tower, **keys)
+        return tf.AutoModelForImageTextToText.from_config(config)
 
-def _llava_next(**kw: Any) -> nn.Module:
-    config = tf.LlavaNextConfig(
-        vision_config=tf.CLIPVisionConfig(**_VISION),
-        text_config=TEXT_CONFIGS["mistral"](**kw),
-        image_token_index=IMAGE,
-        image_grid_pinpoints=[[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE]],
-    )
-    return tf.LlavaNextForConditionalGeneration(config)
-
-
-def _internvl(**kw: Any) -> nn.Module:
-    return tf.InternVLForConditionalGeneration(
-        tf.InternVLConfig(
-            vision_config=tf.InternVLVisionConfig(**_VISION | {"patch_size": 4}),
-            text_config=TEXT_CONFIGS["qwen2"](**kw),
-            image_token_id=IMAGE,
-            downsample_ratio=0.5,
-        )
-    )
-
-
-def _gemma3(**kw: Any) -> nn.Module:
-    vision = tf.SiglipVisionConfig(**_VISION | {"vision_use_head": False})
-    return tf.Gemma3ForConditionalGeneration(
-        tf.Gemma3Config(
-            text_config=TEXT_CONFIGS["gemma3_text"](**kw),
-            vision_config=vision,
-            mm_tokens_per_image=4,
-            boi_token_index=VISION_START,
-            eoi_token_index=VISION_END,
-            image_token_index=IMAGE,
-        )
-    )
-
-
-def _paligemma(**kw: Any) -> nn.Module:
-    vision = tf.SiglipVisionConfig(**_VISION | {"vision_use_head": False, "projection_dim": 48})
-    return tf.PaliGemmaForConditionalGeneration(
-        tf.PaliGemmaConfig(
-            vision_config=vision, text_config=TEXT_CONFIGS["gemma2"](**kw), image_token_index=IMAGE, projection_dim=48
-        )
-    )
+    return build
 
 
 _QWEN_TOKENS = {
@@ -224,87 +184,12 @@ def _qwen_like(name: str, **kw: Any) -> nn.Module:
     return tf.AutoModelForImageTextToText.from_config(config)
 
 
-def _lfm2_vl(**kw: Any) -> nn.Module:
-    vision = tf.Siglip2VisionConfig(**_VISION | {"num_patches": 16, "vision_use_head": False})
-    text = TEXT_CONFIGS["lfm2"](**{"layer_types": ["full_attention"] * LAYERS} | kw)  # both layers have heads
-    config = tf.Lfm2VlConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, projector_hidden_size=32)
-    return tf.Lfm2VlForConditionalGeneration(config)
-
-
-def _gemma4(**kw: Any) -> nn.Module:
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"num_key_value_heads": 2, "head_dim": 16, "pooling_kernel_size": 2, "patch_size": _PATCH}
-    vision |= {"position_embedding_size": 16}
-    config = tf.Gemma4Config(
-        text_config=TEXT_CONFIGS["gemma4_text"](**kw),
-        vision_config=vision,
-        audio_config=None,
-        boi_token_id=VISION_START,
-        eoi_token_id=VISION_END,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    )
-    return tf.Gemma4ForConditionalGeneration(config)
-
-
-def _kimi_k25(**kw: Any) -> nn.Module:
-    vision = {name: _VISION[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
-    vision |= {"num_hidden_layers": 1, "patch_size": _PATCH, "pos_emb_height": 4, "pos_emb_width": 4}
-    config = _config("kimi_k25")(
-        text_config=TEXT_CONFIGS["deepseek_v3"](**kw), vision_config=vision, projection_hidden_size=32, **_QWEN_TOKENS
-    )
-    return tf.AutoModelForImageTextToText.from_config(config)
-
-
-def _minicpmv(**kw: Any) -> nn.Module:
-    config = _config("minicpmv4_6")(
-        text_config=TEXT_CONFIGS["qwen3_5_text"](**kw),
-        vision_config=_VISION | {"image_size": 2 * _SIDE},
-        insert_layer_id=0,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-    )
-    return tf.AutoModelForImageTextToText.from_config(config)
-
-
-def _mistral3(**kw: Any) -> nn.Module:
-    vision = {**_VISION, "model_type": "pixtral", "head_dim": 16, "image_size": 2 * _SIDE}
-    text = TEXT_CONFIGS["ministral3"](**kw)
-    config = tf.Mistral3Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
-    return tf.Mistral3ForConditionalGeneration(config)
-
-
-def _molmo2(**kw: Any) -> nn.Module:
-    sizes = {"num_key_value_heads": 2, "head_dim": 16}
-    config = _config("molmo2")(
-        text_config=TEXT_CONFIGS["molmo2_text"](**kw),
-        vision_config=_VISION | sizes | {"image_size": [_SIDE, 2 * _SIDE]},
-        adapter_config=_VISION | sizes | {"vision_feature_layer": [1, 0], "text_hidden_size": 48},
-        image_patch_id=IMAGE,
-    )
-    return tf.AutoModelForImageTextToText.from_config(config)
-
-
-def _aria(**kw: Any) -> nn.Module:
-    vision = {"model_type": "idefics3_vision", **_VISION}
-    config = tf.AriaConfig(
-        text_config=TEXT_CONFIGS["aria_text"](**kw),
-        vision_config=vision,
-        image_token_index=IMAGE,
-        projector_patch_to_query_dict={4: 4},
-    )
-    return tf.AriaForConditionalGeneration(config)
-
-
 def _llama4(**kw: Any) -> nn.Module:
     if tf.__version__ == "5.24.0":
         pytest.skip("transformers 5.24.0: no forward pass of Llama4ForConditionalGeneration works (image_outputs)")
-    vision = _VISION | {"patch_size": 4, "intermediate_size": 128, "rope_parameters": {"rope_theta": 10000.0}}
-    vision |= dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
-    text = TEXT_CONFIGS["llama4_text"](**kw)
-    return tf.Llama4ForConditionalGeneration(
-        tf.Llama4Config(text_config=text, vision_config=tf.Llama4VisionConfig(**vision), image_token_index=IMAGE)
-    )
+    widths = dict.fromkeys(("vision_output_dim", "projector_input_dim", "projector_output_dim"), 32)
+    vision = widths | {"patch_size": 4, "intermediate_size": 128, "rope_parameters": {"rope_theta": 10000.0}}
+    return _other("llama4", "llama4_text", vision, image_token_index=IMAGE)(**kw)
 
 
 #: Families that work as the text decoder of an ordinary LLaVA.
@@ -314,22 +199,45 @@ _IN_LLAVA += ("mistral4", "deepseek_v3")
 
 #: Text decoders that transformers can build without their VLM.
 BARE = sorted(set(TEXT_CONFIGS) - {"ernie4_5_vl_moe_text", "paddleocr_vl_text"})
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+_GEMMA4_VISION = _GROUPED | {"image_size": None, "pooling_kernel_size": 2, "position_embedding_size": 16}
+_KIMI_VISION = {"image_size": None, "num_hidden_layers": 1, "pos_emb_height": 4, "pos_emb_width": 4}
+_MOLMO2_ADAPTER = _VISION | _GROUPED | {"vision_feature_layer": [1, 0], "text_hidden_size": 48}
+_SPOTS: dict[str, Any] = {"image_token_index": IMAGE}
+_GEMMA3_SPOTS = _SPOTS | {"boi_token_index": VISION_START, "eoi_token_index": VISION_END}
+_IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+_GEMMA4_IDS = _IDS | {"boi_token_id": VISION_START, "eoi_token_id": VISION_END}
+_TILES = [[_SIDE, 2 * _SIDE], [2 * _SIDE, _SIDE]]
+_NO_HEAD = {"vision_use_head": False}
 #: The function that makes a tiny VLM, by name; keyword arguments go to the text configuration.
 VLMS: dict[str, Callable[..., nn.Module]] = {
-    **{f"llava-{text}": partial(_llava, text) for text in _IN_LLAVA},
-    "llava_next-mistral": _llava_next,
-    "internvl-qwen2": _internvl,
-    "gemma3": _gemma3,
-    "paligemma-gemma2": _paligemma,
+    **{f"llava-{text}": _other("llava", text, **_SPOTS) for text in _IN_LLAVA},
+    "llava_next-mistral": _other("llava_next", "mistral", **_SPOTS, image_grid_pinpoints=_TILES),
+    "internvl-qwen2": _other("internvl", "qwen2", {"patch_size": 4}, image_token_id=IMAGE, downsample_ratio=0.5),
+    "gemma3": _other("gemma3", "gemma3_text", _NO_HEAD, **_GEMMA3_SPOTS, mm_tokens_per_image=4),
+    "paligemma-gemma2": _other("paligemma", "gemma2", _NO_HEAD | {"projection_dim": 48}, **_SPOTS, projection_dim=48),
     **{name: partial(_qwen_like, name) for name in _QWEN_LIKE},
     "llama4": _llama4,
-    "lfm2_vl": _lfm2_vl,
-    "gemma4": _gemma4,
-    "aria": _aria,
-    "kimi_k25": _kimi_k25,
-    "minicpmv4_6": _minicpmv,
-    "mistral3-ministral3": _mistral3,
-    "molmo2": _molmo2,
+    "lfm2_vl": partial(
+        _other("lfm2_vl", "lfm2", _NO_HEAD | {"num_patches": 16}, image_token_id=IMAGE, projector_hidden_size=32),
+        layer_types=["full_attention"] * LAYERS,  # both layers have heads
+    ),
+    "gemma4": _other("gemma4", "gemma4_text", _GEMMA4_VISION, **_GEMMA4_IDS, audio_config=None),
+    "aria": _other(
+        "aria", "aria_text", {"model_type": "idefics3_vision"}, **_SPOTS, projector_patch_to_query_dict={4: 4}
+    ),
+    "kimi_k25": _other("kimi_k25", "deepseek_v3", _KIMI_VISION, **_QWEN_TOKENS, projection_hidden_size=32),
+    "minicpmv4_6": _other("minicpmv4_6", "qwen3_5_text", {"image_size": 2 * _SIDE}, **_IDS, insert_layer_id=0),
+    "mistral3-ministral3": _other(
+        "mistral3", "ministral3", {"model_type": "pixtral", "head_dim": 16, "image_size": 2 * _SIDE}, **_SPOTS
+    ),
+    "molmo2": _other(
+        "molmo2",
+        "molmo2_text",
+        _GROUPED | {"image_size": [_SIDE, 2 * _SIDE]},
+        adapter_config=_MOLMO2_ADAPTER,
+        image_patch_id=IMAGE,
+    ),
 }
 #: Types of VLMs that the installed transformers lacks, because only newer releases have them.
 UNKNOWN = {name for name in ("kimi_k25", "minicpmv4_6", "molmo2") if name not in CONFIG_MAPPING}
@@ -433,6 +341,22 @@ def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
     return labels
 
 
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Copies the weights of a model."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Returns whether both have the same names and, bit for bit, the same tensors."""
+    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Changes keys of a JSON file; a value of None removes its key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
 # -- a dataset's rows, and the teacher of their images ---------------------------------------------------------------
 
 TEACHER_SIZE = 12  # pixels; 3 x 3 patches
@@ -490,6 +414,12 @@ def student_processor() -> tf.SiglipImageProcessor:
     return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})
 
 
+def noise_images(n: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> list[Image.Image]:
+    """Makes different images of noise."""
+    noise = np.random.default_rng(seed)
+    return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
+
+
 def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[str, Any]]:
     """Makes rows of a dataset: inputs of the model, labels on answers of different lengths, and an image.
 
@@ -499,11 +429,10 @@ def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[
         with_images: True if the teacher receives the image.
     """
     rows = []
-    for seed in range(n):
+    for seed, image in enumerate(noise_images(n, (9, 9))):
         batch = vlm_batch(model, rows=1, seed=seed)
-        pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         labels = answer_labels(batch, prompt=2 + seed % 5)
-        rows.append({**batch, "labels": labels, "images": [Image.fromarray(pixels.numpy())] if with_images else []})
+        rows.append({**batch, "labels": labels, "images": [image] if with_images else []})
     return rows
 
 

@@ -1,9 +1,8 @@
-"""`build` copies its parts unchanged into the new model, for all model families and vision encoders."""
+"""`build` copies its parts unchanged for all families and encoders; it refuses bad input and then leaves nothing."""
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,8 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 from llamafactory_hera.cli import main
 
+from ..ranks import full_disk
+from ..tiny_models import edit_json, same
 from .conftest import Build
 from .tiny import FAMILIES, TOWERS, new_tokenizer, save_language_model
 
@@ -30,14 +31,6 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 @torch.no_grad()
 def same_logits(llava: Llava, llm: Path) -> bool:
     expected = tf.AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()(PROMPT).logits
@@ -45,7 +38,7 @@ def same_logits(llava: Llava, llm: Path) -> bool:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict, build: Build) -> None:
+def test_the_language_model_is_copied_bit_for_bit(family, checkpoints, build):
     built = build(family)
     theirs, ours = stored(checkpoints[family]), stored(built.folder)
     for name, tensor in theirs.items():
@@ -63,10 +56,12 @@ def test_the_language_model_is_copied_bit_for_bit(family: str, checkpoints: dict
 
 
 @pytest.mark.parametrize("tower, side", [*((tower, 32) for tower in TOWERS), ("dinov2", 64)])
-def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_image_tokens_are_patch_tokens(tower, side, checkpoints, build, tmp_path):
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
     if side == 64:  # The sizes in the processor and the config may differ: 224 and 518 pixels for DINOv2 on the hub.
-        edit(folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+        edit_json(
+            folder / "preprocessor_config.json", size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+        )
     built = build(tower=folder)
     llava, processor = load(built.folder), tf.AutoProcessor.from_pretrained(built.folder)
     image = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 50).convert("RGB")
@@ -86,11 +81,11 @@ def test_image_tokens_are_patch_tokens(tower: str, side: int, checkpoints: dict,
 
 
 @pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2"])
-def test_pad_makes_squares_for_the_encoder(tower: str, checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_pad_makes_squares_for_the_encoder(tower, checkpoints, build, tmp_path):
     from llamafactory.data.mm_plugin import get_mm_plugin
 
     folder = shutil.copytree(checkpoints[tower], tmp_path / "tower")
-    edit(folder / "preprocessor_config.json", resample=2, image_mean=[0.2, 0.4, 0.6], image_std=[0.3, 0.4, 0.5])
+    edit_json(folder / "preprocessor_config.json", resample=2, image_mean=[0.2, 0.4, 0.6], image_std=[0.3, 0.4, 0.5])
     reference = tf.AutoImageProcessor.from_pretrained(folder)
     wide = Image.effect_noise((640, 480), 80).convert("RGB")
     built = build(tower=folder, image_aspect_ratio="pad").folder
@@ -107,7 +102,7 @@ def test_pad_makes_squares_for_the_encoder(tower: str, checkpoints: dict, build:
 
 
 @pytest.mark.parametrize("head", ["absent", "equal", "different"])
-def test_embeddings_stay_tied_unless_a_different_head_is_stored(head: str, build: Build, tmp_path: Path) -> None:
+def test_embeddings_stay_tied_unless_a_different_head_is_stored(head, build, tmp_path):
     llm = save_language_model("qwen2_5", tmp_path / "llm", tie_word_embeddings=True)
     weights = stored(llm)
     if head != "absent":
@@ -119,7 +114,7 @@ def test_embeddings_stay_tied_unless_a_different_head_is_stored(head: str, build
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_the_image_token_uses_a_free_row_or_an_existing_token(known: bool, build: Build, tmp_path: Path) -> None:
+def test_the_image_token_uses_a_free_row_or_an_existing_token(known, build, tmp_path):
     llm = save_language_model("qwen3", tmp_path / "llm", vocab_size=448)
     if known:
         tokenizer = tf.AutoTokenizer.from_pretrained(llm)
@@ -132,7 +127,7 @@ def test_the_image_token_uses_a_free_row_or_an_existing_token(known: bool, build
     assert torch.equal(stored(built.folder)[f"language_model.{name}"], stored(llm)[name])
 
 
-def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints: dict, build: Build, tmp_path: Path) -> None:
+def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints, build, tmp_path):
     llm = shutil.copytree(checkpoints["llama3_base"], tmp_path / "llm")
     settings = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": 7, "bos_token_id": 5, "pad_token_id": 8}
     (llm / "generation_config.json").write_text(json.dumps(settings))
@@ -144,7 +139,7 @@ def test_a_generation_also_ends_at_the_end_of_a_turn(checkpoints: dict, build: B
     assert tf.GenerationConfig.from_pretrained(build(llm, output="without").folder).eos_token_id == [eos, end]
 
 
-def test_old_pickled_checkpoints_are_read(build: Build, tmp_path: Path) -> None:
+def test_old_pickled_checkpoints_are_read(build, tmp_path):
     llm = save_language_model("vicuna", tmp_path / "llm", vocab_size=512)
     weights = stored(llm)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -158,7 +153,7 @@ def test_old_pickled_checkpoints_are_read(build: Build, tmp_path: Path) -> None:
     assert same(stored(build(llm).folder), expected)
 
 
-def test_the_seed_changes_the_projector_and_nothing_else(build: Build) -> None:
+def test_the_seed_changes_the_projector_and_nothing_else(build):
     one, again, other = (stored(build(output=f"{i}", seed=seed).folder) for i, seed in enumerate((0, 0, 10**20)))
     assert same(one, again)
     projector = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
@@ -167,10 +162,106 @@ def test_the_seed_changes_the_projector_and_nothing_else(build: Build) -> None:
     assert weights.abs().max() == pytest.approx(32**-0.5, rel=0.1)  # uniform in ±1/sqrt(fan_in), PyTorch's default
 
 
-def test_the_command_prints_what_a_recipe_needs(checkpoints: dict, tmp_path: Path, capsys: Any) -> None:
+def test_the_command_prints_what_a_recipe_needs(checkpoints, tmp_path, capsys):
     models = ["--language-model", str(checkpoints["llama3"]), "--vision-model", str(checkpoints["clip"])]
     assert main(["build", *models, "--image-aspect-ratio", "pad", "--output", str(tmp_path / "built")]) == 0
     assert tf.AutoProcessor.from_pretrained(tmp_path / "built").image_processor.do_pad
     printed = capsys.readouterr().out
     assert "an image takes 16 tokens of cutoff_len" in printed
     assert "template: llava_plain in stage 1, llava_llama3 in stage 2" in printed
+
+
+OTHER_LLMS = [tf.SiglipConfig(), tf.LlavaConfig(), tf.GPT2Config(), tf.Gemma2Config()]
+OTHER_LLMS += [tf.GraniteConfig(logits_scaling=8)]
+OTHER_TOWERS = [tf.Qwen3Config(), tf.Siglip2Config(), tf.Dinov2WithRegistersConfig()]
+
+
+def refuse(build: Build, tmp_path: Path, match: str, **options) -> None:
+    with pytest.raises(ValueError, match=match) as caught:
+        build(**options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("built*"))
+
+
+@pytest.fixture
+def llm(checkpoints: dict, tmp_path: Path) -> Path:
+    """A copy of a language model, to be damaged."""
+    return shutil.copytree(checkpoints["qwen3"], tmp_path / "llm")
+
+
+@pytest.mark.parametrize("role, config", [("llm", c) for c in OTHER_LLMS] + [("tower", c) for c in OTHER_TOWERS])
+def test_models_that_llava_cannot_contain_are_refused(role, config, build, tmp_path):
+    config.save_pretrained(tmp_path / "other")
+    key = {"llm": "--language-model", "tower": "--vision-model"}[role]
+    match = rf"^{key}: .*other \({config.model_type}\) is not supported; give a .* of type "
+    refuse(build, tmp_path, match, **{role: tmp_path / "other"})
+
+
+@pytest.mark.parametrize("role, name", [("llm", "qwen3"), ("tower", "clip")])
+def test_a_quantized_model_is_refused(role, name, checkpoints, build, tmp_path):
+    folder = shutil.copytree(checkpoints[name], tmp_path / "quantized")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    refuse(build, tmp_path, "quantized is quantized; give the unquantized checkpoint", **{role: folder})
+
+
+MISFITS = [
+    ({"num_hidden_layers": 1}, r"missing_keys: \S*language_model\.\S*layers\.1\."),
+    ({"num_hidden_layers": 3}, r"unexpected_keys: \S*language_model\.\S*layers\.2\."),
+    ({"vocab_size": 448}, r"mismatched_keys: .*448.* 2 in total"),
+]
+
+
+@pytest.mark.parametrize("changed, problem", MISFITS)
+def test_other_weights_are_refused(changed, problem, llm, build, tmp_path):
+    other = save_language_model("qwen3", tmp_path / "other", **changed)
+    shutil.copy(llm / "config.json", other)
+    refuse(build, tmp_path, rf"^--language-model: the weights do not match config\.json .*{problem}", llm=other)
+
+
+def test_weights_that_are_cut_short_are_refused(llm, build, tmp_path):
+    weights = llm / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refuse(build, tmp_path, r"^--language-model: .*model\.safetensors cannot be read .*; download it again", llm=llm)
+
+
+def test_weights_that_are_nan_are_refused(llm, build, tmp_path):
+    weights = stored(llm)
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, llm / "model.safetensors", {"format": "pt"})
+    refuse(
+        build, tmp_path, r"^--language-model: .*llm has weights that are NaN .* such as model\.norm\.weight", llm=llm
+    )
+
+
+def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm, build, tmp_path):
+    match = r"^--language-model: .* has no tokenizer, or that of a different model; copy tokenizer\.json"
+    small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
+    refuse(build, tmp_path, match, llm=small)
+    for path in llm.glob("tokenizer*"):
+        path.unlink()
+    refuse(build, tmp_path, match, llm=llm)
+
+
+def test_a_full_disk_leaves_nothing(build, tmp_path):
+    tf.logging.set_verbosity_error()  # The size limit also applies to log files.
+    with full_disk(100_000), pytest.raises(OSError, match=r"--output: .*built cannot be written"):
+        build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_a_file_or_has_files_is_refused(build, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("mine")
+    for output in ("full", "full/thesis.txt"):
+        with pytest.raises(ValueError, match=rf"^--output: .*{output} is not an empty folder; give another folder"):
+            build(output=output)
+    assert [path.name for path in tmp_path.rglob("*")] == ["full", "thesis.txt"]
+
+
+def test_a_link_to_an_empty_folder_stays_and_leads_to_the_model(build, tmp_path):
+    (tmp_path / "disk/target").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/target")
+    build(output="link")
+    assert (tmp_path / "link").is_symlink()
+    load(tmp_path / "link")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["target"]

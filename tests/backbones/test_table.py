@@ -35,7 +35,7 @@ def check_layers(model: nn.Module, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", LANGUAGE_MODELS)
-def test_the_heads_of_the_paper_exist_in_the_built_model(key: str) -> None:
+def test_the_heads_of_the_paper_exist_in_the_built_model(key):
     sizes = SIZES[key]
     assert count(on_meta(tf.AutoModelForCausalLM, text_config(key))) == sizes.n_parameters
     model = on_meta(tf.AutoModelForImageTextToText, vlm_config(key))
@@ -53,14 +53,14 @@ def test_the_heads_of_the_paper_exist_in_the_built_model(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", NATIVE_MODELS)
-def test_a_native_model_has_the_sizes_in_the_table(key: str) -> None:
+def test_a_native_model_has_the_sizes_in_the_table(key):
     model = on_meta(tf.AutoModelForImageTextToText, vlm_config(key))
     assert count(model) == SIZES[key].n_parameters
     check_layers(model, key)
     assert len([name for name, _ in model.named_modules() if name.endswith(SIZES[key].projector)]) == 1
 
 
-def test_the_page_contains_the_table() -> None:
+def test_the_page_contains_the_table():
     page = (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
     for key, model in LANGUAGE_MODELS.items():
         sizes = SIZES[key]
@@ -69,7 +69,7 @@ def test_the_page_contains_the_table() -> None:
         assert f"| {' | '.join(map(str, cells))} |" in page
 
 
-def test_the_page_lists_the_models_of_the_installed_transformers() -> None:
+def test_the_page_lists_the_models_of_the_installed_transformers():
     page = (Path(__file__).parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
     assert len(coverage.read_types()[0]) >= 55  # may only grow
     if f"\ntransformers {tf.__version__} has" in page:

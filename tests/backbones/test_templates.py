@@ -73,7 +73,7 @@ def encoded(
 
 @pytest.mark.parametrize("n_turns", [1, 3])
 @pytest.mark.parametrize("system", [None, "You answer in one word."])
-def test_training_sees_the_chat_template(built: Any, processor: Any, n_turns: int, system: str | None) -> None:
+def test_training_sees_the_chat_template(built, processor, n_turns, system):
     family, tokenizer, backbone = built
     turns = TURNS[:n_turns]
     ids, _ = encoded(backbone.template, backbone.folder, turns, system)
@@ -86,7 +86,7 @@ def test_training_sees_the_chat_template(built: Any, processor: Any, n_turns: in
     assert ids.count(backbone.image_token_id) == N_TOKENS
 
 
-def test_the_loss_covers_the_answers_and_their_end(built: Any, processor: Any) -> None:
+def test_the_loss_covers_the_answers_and_their_end(built, processor):
     _, _, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS)
     learned = processor.tokenizer.decode([label for label in labels if label != -100], skip_special_tokens=False)
@@ -96,7 +96,7 @@ def test_the_loss_covers_the_answers_and_their_end(built: Any, processor: Any) -
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_all_ways_to_a_prompt_give_the_start_of_training_with_one_bos(built: Any, processor: Any) -> None:
+def test_all_ways_to_a_prompt_give_the_start_of_training_with_one_bos(built, processor):
     _, tokenizer, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS[:1])
     prompt = ids[: labels.index(next(label for label in labels if label != -100))]
@@ -109,7 +109,7 @@ def test_all_ways_to_a_prompt_give_the_start_of_training_with_one_bos(built: Any
         assert processor(images=image, text=render(tokenize=False), **options)["input_ids"] == [prompt]
 
 
-def test_the_token_that_ends_an_answer_ends_a_generation(built: Any, processor: Any) -> None:
+def test_the_token_that_ends_an_answer_ends_a_generation(built, processor):
     _, _, backbone = built
     _, labels = encoded(backbone.template, backbone.folder, TURNS)
     end = [label for label in labels if label in processor.tokenizer.added_tokens_decoder][-1]
@@ -122,7 +122,7 @@ def test_the_token_that_ends_an_answer_ends_a_generation(built: Any, processor: 
 
 
 @pytest.mark.parametrize("built", [case for case in CASES if case.endswith("-real")], indirect=True)
-def test_the_makers_code_encodes_a_conversation_as_training_does(built: Any, processor: Any) -> None:
+def test_the_makers_code_encodes_a_conversation_as_training_does(built, processor):
     from llama_models.datatypes import RawMessage
     from llama_models.llama3.chat_format import ChatFormat
     from llama_models.llama3.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def test_the_makers_code_encodes_a_conversation_as_training_does(built: Any, pro
     assert encoded(backbone.template, backbone.folder, turns, "Be brief.")[0] == expected
 
 
-def test_stage_one_is_the_image_and_its_caption(built: Any) -> None:
+def test_stage_one_is_the_image_and_its_caption(built):
     _, tokenizer, backbone = built
     caption = "A dog runs over the grass."
     ids, labels = encoded("llava_plain", backbone.folder, [("Give a short account.\n<image>", caption)])

@@ -27,7 +27,7 @@ from tests.tiny_models import HEADS, IMAGE, LAYERS, VLMS, vlm, vlm_batch
 
 
 @pytest.mark.parametrize("text, image", [([0, 4, 5], [1, 2, 3, 6]), ([3, 4, 5, 6], [0, 1, 2])])
-def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) -> None:
+def test_flow_is_the_mean_of_both_directions(text, image):
     scores = torch.randn(5, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf)
     attention = scores.softmax(dim=-1)
     flow, maps = attention_flow(attention, torch.tensor(text), torch.tensor(image), len(image))
@@ -40,7 +40,7 @@ def test_flow_is_the_mean_of_both_directions(text: list[int], image: list[int]) 
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if not name.startswith(("qwen3_5", "minicpmv"))])
-def test_captured_flow_matches_the_attention_that_the_model_returns(name: str) -> None:
+def test_captured_flow_matches_the_attention_that_the_model_returns(name):
     model = vlm(name).eval()
     # gpt-oss has attention sinks, which sdpa does not support
     assert (model.config.get_text_config()._attn_implementation == "sdpa") == (name != "llava-gpt_oss")
@@ -60,7 +60,7 @@ def test_captured_flow_matches_the_attention_that_the_model_returns(name: str) -
             assert torch.allclose(ours, torch.stack(theirs), atol=1e-7)
 
 
-def test_only_one_layers_attention_is_in_memory_at_a_time() -> None:
+def test_only_one_layers_attention_is_in_memory_at_a_time():
     model = vlm("llava-llama", num_hidden_layers=5).eval()
     alive, counts = weakref.WeakSet(), []
 
@@ -74,7 +74,7 @@ def test_only_one_layers_attention_is_in_memory_at_a_time() -> None:
     assert counts == [1] * 5
 
 
-def test_reading_attention_leaves_the_model_as_it_was() -> None:
+def test_reading_attention_leaves_the_model_as_it_was():
     model = vlm("llava-qwen3").eval()
     read_attention(Forward(model), 4, vlm_batch(model))
     for attention in (layer.self_attn for layer in decoder_layers(model)):
@@ -86,7 +86,7 @@ def test_reading_attention_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", VLMS)
 @torch.no_grad()
-def test_logits_at_counted_tokens_match_those_of_a_full_pass(name: str) -> None:
+def test_logits_at_counted_tokens_match_those_of_a_full_pass(name):
     model = vlm(name).eval()
     batch = vlm_batch(model, rows=3)
     all_logits = model(**batch).logits
@@ -99,7 +99,7 @@ def test_logits_at_counted_tokens_match_those_of_a_full_pass(name: str) -> None:
         assert counted.sum() == expected.sum()
 
 
-def test_the_margin_loss_is_the_log_ratio_of_the_two_largest_probabilities() -> None:
+def test_the_margin_loss_is_the_log_ratio_of_the_two_largest_probabilities():
     logits = torch.randn(2, 5, 9) * 3
     positions = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 1, 0]]).bool()
     for row, loss in enumerate(margin_loss(logits.masked_fill(~positions[..., None], torch.nan), positions)):
@@ -122,7 +122,7 @@ def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, ga
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-qwen3", "gemma3"])
-def test_gate_gradients_match_finite_differences_of_each_samples_loss(name: str) -> None:
+def test_gate_gradients_match_finite_differences_of_each_samples_loss(name):
     model = vlm(name).eval().double()
     batch = vlm_batch(model, rows=3)
     batch["pixel_values"] = batch["pixel_values"].double()
@@ -136,7 +136,7 @@ def test_gate_gradients_match_finite_differences_of_each_samples_loss(name: str)
 
 
 @pytest.mark.parametrize("name", ["llava-llama", "llava-gpt_oss", "gemma3", "qwen2_5_vl"])
-def test_gates_of_one_change_nothing(name: str) -> None:
+def test_gates_of_one_change_nothing(name):
     model = vlm(name).eval().bfloat16().requires_grad_(False)
     batch = vlm_batch(model)
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
@@ -151,7 +151,7 @@ def test_gates_of_one_change_nothing(name: str) -> None:
 # -- all samples -----------------------------------------------------------------------------------------------------
 
 
-def test_saliency_is_the_standard_score_within_each_layer() -> None:
+def test_saliency_is_the_standard_score_within_each_layer():
     flow = torch.rand(3, 8).double() * 1e-3  # attention weights over hundreds of tokens are small
     flow[2] = 0.25  # equal heads
     saliency = Profile(flow, flow, flow).saliency
@@ -162,14 +162,14 @@ def test_saliency_is_the_standard_score_within_each_layer() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_caf_is_the_signed_mean_gradient_and_its_weighted_mean_square(weight: float) -> None:
+def test_caf_is_the_signed_mean_gradient_and_its_weighted_mean_square(weight):
     gradients = torch.randn(6, 2, 3)
     caf = Profile(gradients, gradients, gradients).influence(weight)
     expected = sum(gradient + weight * gradient**2 for gradient in gradients.double()) / 6
     assert torch.allclose(caf, expected, rtol=1e-5)
 
 
-def test_a_profile_is_the_mean_over_samples_for_any_batches() -> None:
+def test_a_profile_is_the_mean_over_samples_for_any_batches():
     samples, forward = features(7), Forward(calibration_model())
     profile = profile_heads(forward, samples, collate, RahConfig(probes=3, batch_size=4))
     batches = [collate([sample]) for sample in samples]
@@ -181,7 +181,7 @@ def test_a_profile_is_the_mean_over_samples_for_any_batches() -> None:
     assert torch.allclose(profile.gradients, torch.stack(gradients[:3]), atol=1e-5)
 
 
-def test_a_broken_checkpoint_is_refused() -> None:
+def test_a_broken_checkpoint_is_refused():
     model = calibration_model()
     with torch.no_grad():
         model.model.language_model.layers[2].self_attn.q_proj.weight[0, 0] = torch.nan

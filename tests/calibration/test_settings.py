@@ -12,12 +12,12 @@ from llamafactory_hera.cli import main
 from llamafactory_hera.integrations.llamafactory import commands
 from llamafactory_hera.selection.passes import Forward
 from tests.calibration.tiny import IMAGE, calibration_model, rows_of
-from tests.selection.tiny import noise_images
+from tests.tiny_models import noise_images
 
 # -- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_those_of_the_paper() -> None:
+def test_the_defaults_are_those_of_the_paper():
     config = RahConfig()
     assert (config.p_isal, config.p_caf, config.k, config.w_v, config.w_o) == (15, 70, 3, 0.7, 0.3)
     assert (config.trim, config.rho, config.rank, config.delta, config.alpha_max) == (0.1, 0.6, 8, 0.05, 0.15)
@@ -29,7 +29,7 @@ LAYERS = {"all": [0, 1, 2, 3, 4], "first_half": [0, 1], "1-3": [1, 2, 3], "4,0-1
 
 
 @pytest.mark.parametrize("text", LAYERS)
-def test_layers_are_read_from_words_numbers_and_ranges(text: Any) -> None:
+def test_layers_are_read_from_words_numbers_and_ranges(text):
     assert RahConfig.from_keys({"rah_layers": text}).layer_indices(5) == LAYERS[text]
     assert RahConfig().layer_indices(1) == [0]  # half of one layer is rounded up
 
@@ -45,7 +45,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_values_are_refused(name: str) -> None:
+def test_bad_values_are_refused(name):
     values, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         RahConfig.from_keys(values).layer_indices(5)
@@ -55,9 +55,7 @@ def test_bad_values_are_refused(name: str) -> None:
 # -- the command and its overrides, as in all commands that read a recipe ---------------------------------------------
 
 
-def test_overrides_are_distinguished_from_option_values_and_existing_paths(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_overrides_are_distinguished_from_option_values_and_existing_paths(monkeypatch, tmp_path):
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(commands, "score_checkpoint", lambda *arguments: calls.append(arguments))
     monkeypatch.chdir(tmp_path)
@@ -68,9 +66,7 @@ def test_overrides_are_distinguished_from_option_values_and_existing_paths(
 
 
 @pytest.mark.parametrize("given, used", [("3,1", "3"), (None, "0"), ("", "")])
-def test_a_calibration_uses_one_device(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str | None, used: str
-) -> None:
+def test_a_calibration_uses_one_device(monkeypatch, tmp_path, given, used):
     environment = {} if given is None else {"CUDA_VISIBLE_DEVICES": given}
     monkeypatch.setattr(os, "environ", environment)
     (tmp_path / "empty.yaml").touch()
@@ -84,7 +80,7 @@ CONFIG = RahConfig(samples=12, held_out=4, probes=5)
 IMAGES = [[image] for image in noise_images(20)]
 
 
-def test_samples_without_an_image_or_with_a_repeated_one_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_without_an_image_or_with_a_repeated_one_are_skipped(caplog):
     profiled, held_out = draw_samples(rows_of([*[[]] * 9, *IMAGES[:11], *IMAGES[:11]]), CONFIG)
     assert len({sample.image.tobytes() for sample in (*profiled, *held_out)}) == 11
     assert "rah_samples: only 11 of 12 samples can be drawn (9 have no image" in caplog.text
@@ -93,7 +89,7 @@ def test_samples_without_an_image_or_with_a_repeated_one_are_skipped(caplog: pyt
 
 
 @pytest.mark.parametrize("ids", [[3, 4], [IMAGE] * 4])
-def test_a_sample_without_image_tokens_or_text_tokens_is_refused(ids: list[int]) -> None:
+def test_a_sample_without_image_tokens_or_text_tokens_is_refused(ids):
     forward, (samples, _) = Forward(calibration_model()), draw_samples(rows_of(IMAGES), CONFIG)
     check_tokens(forward, samples)
     samples[2].features["input_ids"] = ids

@@ -16,7 +16,7 @@ from llamafactory_hera.calibration.weights import Edit, HeadWeights, Scaled, Upd
 from llamafactory_hera.heads import Target
 from llamafactory_hera.heads.families import decoder_layers
 from tests.calibration.tiny import calibration_model, collate, features, random_profile
-from tests.tiny_models import VLMS, vlm, vlm_batch
+from tests.tiny_models import VLMS, same, snapshot, vlm, vlm_batch
 
 #: Layers that differ in their heads, and also fused or latent value projections.
 MIXED = {"qwen3_5", "qwen3_5_moe", "gemma4", "minicpmv4_6"}
@@ -24,7 +24,7 @@ UNFIT = MIXED | {"llava-phi3", "llava-mistral4", "llava-deepseek_v3", "kimi_k25"
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if name not in UNFIT])
-def test_the_slices_of_a_head_make_its_output(name: str) -> None:
+def test_the_slices_of_a_head_make_its_output(name):
     """A head that sees a single token outputs the value of this token: the value block times the token's input."""
     model = vlm(name).eval()
     weights = HeadWeights(model)
@@ -56,15 +56,15 @@ def test_the_slices_of_a_head_make_its_output(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> None:
+def test_only_the_named_slices_change_and_are_restored(dtype):
     model = calibration_model().to(dtype)
     weights = HeadWeights(model)
     hidden, d = weights.layout.hidden_size, weights.head_dim
     output = Edit(Target(1, 3), "output", torch.randn(hidden, 2), torch.randn(2, d))
     value = Edit(Target(0, 2), "value", torch.randn(d, 3), torch.randn(3, hidden))
     steps = [(Update((output.head,), (output,)), 0.1), (Update((value.head,), (value,)), 0.05)]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = {name: tensor.clone() for name, tensor in before.items()}
+    before = snapshot(model)
+    expected = snapshot(model)
     for edit, alpha, block, key in (
         (output, 0.1, (slice(None), slice(24, 32)), "1.self_attn.o_proj"),
         (value, 0.05, (slice(16, 24), slice(None)), "0.self_attn.v_proj"),
@@ -73,20 +73,20 @@ def test_only_the_named_slices_change_and_are_restored(dtype: torch.dtype) -> No
         expected[name][block] = (before[name][block].float() + alpha * (edit.left @ edit.right)).to(dtype)
         assert not torch.equal(expected[name], before[name])
     with applied(weights, steps):
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        assert same(model.state_dict(), expected)
     with pytest.raises(KeyError), applied(weights, steps):
         raise KeyError
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("name", sorted(MIXED))
-def test_layers_that_differ_in_their_heads_are_refused(name: str) -> None:
+def test_layers_that_differ_in_their_heads_are_refused(name):
     with pytest.raises(ValueError, match=r"have different heads .*; use another model"):
         HeadWeights(vlm(name))
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "quantized", "fused"])
-def test_projections_that_are_not_plain_matrices_are_refused(kind: str) -> None:
+def test_projections_that_are_not_plain_matrices_are_refused(kind):
     model = vlm("llava-phi3") if kind == "fused" else calibration_model()
     if kind == "wrapped":
         inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], r=2), model.model.language_model)
@@ -113,15 +113,15 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[nn.Module, lis
     return model, steps, tmp_path
 
 
-def test_the_adapter_equals_direct_edits_of_the_base_model(made: tuple) -> None:
+def test_the_adapter_equals_direct_edits_of_the_base_model(made):
     model, steps, folder = made
     batch = collate(features(3))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = snapshot(model)
     with torch.no_grad():
         base = model(**batch).logits
         with applied(HeadWeights(model), steps):
             direct = model(**batch).logits
-            edited = {name: value.clone() for name, value in model.state_dict().items()}
+            edited = snapshot(model)
         adapted = PeftModel.from_pretrained(model, folder)
         unmerged = adapted(**batch).logits
         merged = adapted.merge_and_unload()
@@ -133,7 +133,7 @@ def test_the_adapter_equals_direct_edits_of_the_base_model(made: tuple) -> None:
         assert torch.equal(value[same], before[name][same]), name  # all other weights are bit-identical
 
 
-def test_each_projection_has_the_rank_that_its_heads_need(made: tuple) -> None:
+def test_each_projection_has_the_rank_that_its_heads_need(made):
     model, steps, folder = made
     names = HeadWeights(model).names
     edited = Counter(names[edit.head.layer, edit.kind] for update, _ in steps for edit in update.edits)

@@ -10,8 +10,8 @@ from torch import nn
 from llamafactory_hera.calibration.profile import Profile
 from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.selection.samples import Features
-from tests.selection.tiny import Rows, noise_images, pad_right
-from tests.tiny_models import IMAGE, VISION_END, VISION_START, vlm
+from tests.selection.tiny import Rows, pad_right
+from tests.tiny_models import IMAGE, VISION_END, VISION_START, noise_images, vlm
 
 LAYERS, HEADS, HEAD_DIM = 4, 8, 8
 N_IMAGE = 4

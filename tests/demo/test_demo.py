@@ -27,7 +27,7 @@ def scenes(split: str, count: int) -> list:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_captions_are_true_of_the_pixels(split: str) -> None:
+def test_captions_are_true_of_the_pixels(split):
     rng = random.Random(1)
     for scene in scenes(split, 300):
         seen = read(render(scene))
@@ -42,14 +42,14 @@ def test_captions_are_true_of_the_pixels(split: str) -> None:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_answers_are_true_of_the_pixels(split: str) -> None:
+def test_answers_are_true_of_the_pixels(split):
     for scene in scenes(split, 100):
         seen = read(render(scene))
         for question in split_questions(scene, split):
             assert question.answer == answer(seen, question.text), question
 
 
-def test_every_held_out_scene_and_no_training_scene_or_text_has_a_reserved_pair_of_color_and_shape() -> None:
+def test_every_held_out_scene_and_no_training_scene_or_text_has_a_reserved_pair_of_color_and_shape():
     rng = random.Random(2)
     assert all({item.pair for item in scene.objects} & HELD_OUT for scene in scenes("held_out", 200))
     for scene in scenes("train", 300):
@@ -58,7 +58,7 @@ def test_every_held_out_scene_and_no_training_scene_or_text_has_a_reserved_pair_
         assert not [pair for pair in HELD_OUT if " ".join(pair) in text]
 
 
-def test_splits_share_no_image(world: Path) -> None:
+def test_splits_share_no_image(world):
     data = world / "hera_demo/data"
 
     def pixels(split: str) -> set[bytes]:
@@ -74,12 +74,12 @@ def contents(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_in_another_process(copy_demo, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_in_another_process(copy_demo, tmp_path):
     built = build.build_demo(tmp_path / "hera_demo", size="test")["root"]
     assert contents(built) == contents(copy_demo(tmp_path / "other") / "hera_demo")
 
 
-def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path: Path, monkeypatch) -> None:
+def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path, monkeypatch):
     monkeypatch.setitem(build.SIZES, "test", FEW)
     root = build.build_demo(tmp_path / "hera_demo", size="test")["root"]
     before = contents(root)
@@ -95,14 +95,14 @@ def test_only_force_replaces_a_demo_and_nothing_replaces_another_folder(tmp_path
         build.build_demo(tmp_path / "work", size="test", force=True)
 
 
-def test_a_folder_that_cannot_be_written_ends_with_one_line(monkeypatch, capsys) -> None:
+def test_a_folder_that_cannot_be_written_ends_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["demo", "--size", "test", "--output", "/proc/nothing/demo"])
     with pytest.raises(SystemExit, match=r"^2$"):
         runpy.run_path(str(ROOT / "recipes/demo"), run_name="__main__")
     assert capsys.readouterr().err.startswith("demo: [Errno 2] ")
 
 
-def test_a_link_is_followed_and_any_integer_is_a_seed(tmp_path: Path, monkeypatch) -> None:
+def test_a_link_is_followed_and_any_integer_is_a_seed(tmp_path, monkeypatch):
     monkeypatch.setitem(build.SIZES, "test", FEW)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     build.build_demo(tmp_path / "link", seed=10**20, size="test")

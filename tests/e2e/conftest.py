@@ -31,14 +31,14 @@ def recipe() -> dict[str, Any]:
     return args | short | {"hera_heads": "L1H0,L1H3,L2H5,L3H2,L3H7", "hera_memory": 0}
 
 
-class Train:
+@pytest.fixture
+def train(
+    server: HostServer, world: Path, recipe: dict[str, Any], request: pytest.FixtureRequest
+) -> Callable[..., Run]:
     """Trains the demo in the host, each time in a new output folder."""
+    name, numbers = re.sub(r"[^a-z0-9]+", "_", request.node.name.lower()), count()
 
-    def __init__(self, server: HostServer, world: Path, recipe: dict[str, Any], name: str) -> None:
-        self._server, self._world, self._recipe = server, world, recipe
-        self._folders = (f"saves/{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{n}" for n in count())
-
-    def __call__(self, *changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
+    def train(*changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
         """Trains with the changed recipe. A value of None removes its key.
 
         Args:
@@ -47,17 +47,13 @@ class Train:
             ranks: The number of processes.
             **options: Arguments of ``HostServer.run``.
         """
-        args = self._recipe | {"output_dir": next(self._folders)}
+        args = recipe | {"output_dir": f"saves/{name}_{next(numbers)}"}
         args |= {"ddp_backend": "gloo"} if ranks > 1 else {}
         for change in changes:
             args |= change
         args = {key: value for key, value in args.items() if value is not None}
-        run = self._server.run(args, **{"cwd": self._world, "ranks": ranks, **options})
+        run = server.run(args, **{"cwd": world, "ranks": ranks, **options})
         assert run.ok == ok, run.output
         return run
 
-
-@pytest.fixture
-def train(server: HostServer, world: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Train:
-    """Starts the runs of one test."""
-    return Train(server, world, recipe, request.node.name)
+    return train

@@ -153,6 +153,12 @@ def write_recipe(path: Path, args: dict[str, Any]) -> Path:
     return path
 
 
+def write_dataset(folder: Path, rows: list[dict[str, Any]], **entry: Any) -> None:
+    """Writes the dataset ``rows``, and its entry in LLaMA-Factory's ``dataset_info.json``."""
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json", **entry}}))
+
+
 class FileRuns:
     """Runs a host's command on ``config.yaml``; with ``keys``, it trains for 4 steps and saves two checkpoints."""
 

@@ -147,7 +147,7 @@ def check_trained(names: set[str], projector: str, lora: bool = False) -> None:
 
 
 @pytest.mark.parametrize("key", LLMS)
-def test_stage_one_trains_only_the_projector(key: str, root: Path, stage_one: dict[str, Run]) -> None:
+def test_stage_one_trains_only_the_projector(key, root, stage_one):
     check(stage_one[key])
     projector = {f"multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
     moved = trained(root / f"models/{key}", root / f"saves/{key}/pretrain")
@@ -156,7 +156,7 @@ def test_stage_one_trains_only_the_projector(key: str, root: Path, stage_one: di
 
 
 @pytest.mark.parametrize("key", LLMS)
-def test_stage_two_starts_from_stage_one(key: str, root: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+def test_stage_two_starts_from_stage_one(key, root, stage_one, server):
     assert stage_one[key].ok
     run = train(f"{key}_hera", root, server)
     check(run)
@@ -164,7 +164,7 @@ def test_stage_two_starts_from_stage_one(key: str, root: Path, stage_one: dict[s
     assert AutoProcessor.from_pretrained(run.folder).image_processor.do_pad
 
 
-def test_the_baseline_and_lora_run_too(root: Path, stage_one: dict[str, Run], server: HostServer) -> None:
+def test_the_baseline_and_lora_run_too(root, stage_one, server):
     assert stage_one["qwen3_8b"].ok
     check(train("qwen3_8b_sft", root, server), hera=False)
     lora = train("qwen3_8b_hera_lora", root, server)
@@ -172,9 +172,7 @@ def test_the_baseline_and_lora_run_too(root: Path, stage_one: dict[str, Run], se
     check_trained(trained(root, lora.folder), SIZES["qwen3_8b"].projector, lora=True)
 
 
-def test_the_recipes_of_baselines_outside_the_paper_run_too(
-    root: Path, stage_one: dict[str, Run], server: HostServer
-) -> None:
+def test_the_recipes_of_baselines_outside_the_paper_run_too(root, stage_one, server):
     assert stage_one["qwen3_8b"].ok
     start = {"model_name_or_path": "saves/qwen3_8b/pretrain"}
     middle = train("ablations/qwen3_8b_sft_middle_lora", root, server, **start)
@@ -189,7 +187,7 @@ def test_the_recipes_of_baselines_outside_the_paper_run_too(
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_finished_vlms_select_their_heads_and_train(name: str, root: Path, server: HostServer) -> None:
+def test_finished_vlms_select_their_heads_and_train(name, root, server):
     key = name.split("_hera")[0]
     save_once(key, root)
     run = train(name, root, server, model_name_or_path=f"native_{key}")
@@ -199,7 +197,7 @@ def test_finished_vlms_select_their_heads_and_train(name: str, root: Path, serve
 
 
 @pytest.mark.parametrize(("key", "template"), [("qwen2_5_vl_7b", "qwen2_vl"), ("qwen3_vl_4b", "qwen3_vl_nothink")])
-def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, root: Path, server: HostServer) -> None:
+def test_the_examples_of_llama_factory_need_two_keys(key, template, root, server):
     save_once(key, root)
     data = {"dataset_dir": "recipes/data", "dataset": "llava_instruct", "template": template}
     data |= {"media_dir": "recipes/data/llava_instruct/images", "model_name_or_path": f"native_{key}"}
@@ -215,7 +213,7 @@ def test_the_examples_of_llama_factory_need_two_keys(key: str, template: str, ro
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_qlora_trains_on_one_gpu(root: Path, server: HostServer) -> None:
+def test_qlora_trains_on_one_gpu(root, server):
     save_once("qwen2_5_vl_7b", root)
     run = train("qwen2_5_vl_7b_hera_qlora", root, server, model_name_or_path="native_qwen2_5_vl_7b")
     check(run)

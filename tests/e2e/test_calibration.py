@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from .conftest import Command
-from .runner import ROOT, HostServer, write_recipe
+from .runner import ROOT, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +48,7 @@ def documented(file: str) -> set[str]:
     return set(re.findall(r"--(\w+)", keys))
 
 
-def test_the_documented_export_merges_only_the_calibrated_heads(
-    world: Path, server: HostServer, report: dict[str, Any]
-) -> None:
+def test_the_documented_export_merges_only_the_calibrated_heads(world, server, report):
     keys = UPON | {"export_dir": "saves/calibrated"}
     assert documented("docs/calibration.md") == documented("recipes/llava_1_5_7b_calibrate.yaml") == set(keys)
     run = server.run(keys, world, call="export_model")
@@ -74,7 +72,7 @@ def test_the_documented_export_merges_only_the_calibrated_heads(
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["new adapter", "same adapter"])
-def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, report: dict[str, Any], new: bool) -> None:
+def test_hera_trains_on_top(world, server, recipe, report, new):
     lora = {"finetuning_type": "lora", "adapter_name_or_path": OUTPUT, "create_new_adapter": new, "max_steps": 3}
     lora |= {"lora_rank": 4, "lora_target": "all", "output_dir": f"saves/on_top_{new}"}
     run = server.run(recipe | lora | {"hera_heads": "L1H0,L3H2"}, world)
@@ -90,14 +88,14 @@ def test_hera_trains_on_top(world: Path, server: HostServer, recipe: dict, repor
         assert not all(torch.equal(trained[name], calibrated[name]) for name in trained)
 
 
-def test_truncated_image_tokens_are_refused_and_leave_no_files(world: Path, command: Command) -> None:
+def test_truncated_image_tokens_are_refused_and_leave_no_files(world, command):
     folder = world / "saves/bad_calibration"
     status, output = command("calibrate", RECIPE, f"output_dir={folder}", "cutoff_len=12")
     assert (status, "cutoff_len: 12 cuts" in output) == (2, True), output
     assert not folder.exists() or not {path.name for path in folder.iterdir()} & FILES
 
 
-def test_answers_are_not_needed_and_may_be_ignored(world: Path, command: Command, report: dict[str, Any]) -> None:
+def test_answers_are_not_needed_and_may_be_ignored(world, command, report):
     data = world / "unlabeled"
     data.mkdir()
     rows = json.loads((world / "hera_demo/data/demo_train.json").read_text())
@@ -124,7 +122,7 @@ def test_answers_are_not_needed_and_may_be_ignored(world: Path, command: Command
 # -- recipes/rah_lora ------------------------------------------------------------------------------------------------
 
 
-def test_the_control_script_calibrates_on_corrupted_images(world: Path, server: HostServer, report: dict) -> None:
+def test_the_control_script_calibrates_on_corrupted_images(world, server, report):
     arguments = ("control", RECIPE, "--control", "shuffled", "output_dir=saves/control")
     status, output = server.script(SCRIPT, *arguments, cwd=world)
     assert status == 0, output
@@ -139,7 +137,7 @@ def test_the_control_script_calibrates_on_corrupted_images(world: Path, server: 
     assert -1 <= compared["caf_rank_correlation"] < 1
 
 
-def test_the_gap_script_correlates_gaps_with_gains(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_gap_script_correlates_gaps_with_gains(tmp_path, monkeypatch, capsys):
     caf = [[1.0, 2.0, 3.0, 6.0]]
     for name, isal in (("one", 0.5), ("two", -0.5), ("three", -1.5)):
         content = {"calibrated": ["L0H3"], "caf": caf, "isal": [[0.0, 0.0, 0.0, isal]]}

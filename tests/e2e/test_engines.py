@@ -6,14 +6,15 @@ tests/engines compares the gradients of every parameter, also under FSDP.
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from .conftest import LORA, Train
+from ..tiny_models import same
+from .conftest import LORA
 from .runner import ROOT, Run, run_command
 
 pytestmark = pytest.mark.slow
@@ -51,14 +52,12 @@ def _engine(name: str, world: Path) -> dict[str, Any]:
     return {"deepspeed": f"{name}.json", "use_cpu": False}
 
 
-def _run(train: Train, env: dict[str, str], *args: dict[str, Any]) -> Run:
+def _run(train: Callable[..., Run], env: dict[str, str], *args: dict[str, Any]) -> Run:
     return train(TWO, *args, ranks=2, env=env | {"CUDA_VISIBLE_DEVICES": ""})
 
 
 @pytest.mark.parametrize(("tuning", "engines"), [({}, ("zero2", "zero3")), (LORA, ("zero3",))], ids=["full", "lora"])
-def test_engines_give_equal_losses(
-    train: Train, world: Path, extensions: dict[str, str], tuning: dict[str, Any], engines: tuple[str, ...]
-) -> None:
+def test_engines_give_equal_losses(train, world, extensions, tuning, engines):
     if tuning:  # a new adapter draws other random numbers under ZeRO-3, so all engines load one
         tuning = tuning | {"adapter_name_or_path": str(train(tuning, {"max_steps": 1}).folder)}
     ddp, *others = (
@@ -73,14 +72,13 @@ def test_engines_give_equal_losses(
 
 
 # Not DDP: on a CPU torch.load refuses the Trainer's map_location ("tagged with cpu:0"), with and without HeRA.
-def test_zero3_resumes_weights_temperature_and_memory(train: Train, world: Path, extensions: dict[str, str]) -> None:
+def test_zero3_resumes_weights_temperature_and_memory(train, world, extensions):
     args = _engine("zero3", world) | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = _run(train, extensions, args)
     resumed = _run(train, extensions, args, {"resume_from_checkpoint": str(whole.folder / "checkpoint-2")})
     for file in ("model.safetensors", "hera/state.safetensors"):
         found, expected = load_file(resumed.folder / file), load_file(whole.folder / file)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected), file
+        assert same(found, expected), file
     before = load_file(whole.folder / "checkpoint-2/hera/state.safetensors")
     assert (before["optimizer.log_temperature.step"], expected["optimizer.log_temperature.step"]) == (2, 4)
     assert expected["memory.teacher"].shape[0] == TWO["hera_memory"]

@@ -1,4 +1,4 @@
-"""Faults of a run: killed, a rank lost, a full disk, values that are not finite, a checkpoint of another run."""
+"""Faults of a run: a kill, a full disk, values that are not finite, and bad input."""
 
 import random
 import resource
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from .conftest import Train
-from .runner import HostServer, Run
+from ..tiny_models import same
+from .runner import Run
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +40,7 @@ def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[
         return future.result()
 
 
-def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train: Train, world: Path) -> None:
+def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train, world):
     undisturbed = train(SAVING)
     step = random.SystemRandom().choice([4, 5, 8, 9])
     folder = world / f"saves/killed_{step}"
@@ -56,14 +55,10 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_
     assert not (folder / "checkpoint-12").exists()
     resumed = train(args, {"resume_from_checkpoint": True})
     for file in ("model.safetensors", "hera/state.safetensors"):
-        left, right = load_file(resumed.folder / file), load_file(undisturbed.folder / file)
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[name], right[name]) for name in right), file
+        assert same(load_file(resumed.folder / file), load_file(undisturbed.folder / file)), file
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(
-    train: Train, server: HostServer, world: Path
-) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refused(train, server, world):
     args = SAVING | {"output_dir": "saves/full_disk", "save_total_limit": 1}
     folder = world / args["output_dir"]
 
@@ -83,7 +78,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_an_incomplete_one_is_refu
     assert train(args, {"resume_from_checkpoint": f"{args['output_dir']}/checkpoint-4", "max_steps": 5}).ok
 
 
-def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train: Train, world: Path) -> None:
+def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train, world):
     folder = world / "overflowing"
     shutil.copytree(world / "hera_demo/model", folder)
     weights = load_file(folder / "model.safetensors")
@@ -95,3 +90,35 @@ def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train:
     assert run.codes == [1, 1]
     assert run.output.count("not finite in 2 consecutive steps (hera_max_nan), because of L1H0.") >= 2
     assert _steps_logged(run.folder) == 1
+
+
+@pytest.fixture(scope="module")
+def weightless(world: Path) -> str:
+    """The demo model without weights: a run that tries to load them fails with a different error."""
+    folder = world / "weightless"
+    shutil.copytree(world / "hera_demo/model", folder)
+    (folder / "model.safetensors").unlink()
+    return str(folder)
+
+
+#: Case -> a change of the recipe, and parts of the message.
+CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no teacher": ({"hera_teacher": "./no_teacher"}, ["hera_teacher: ./no_teacher"]),
+    "a text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),
+    "text-only data": ({"dataset": "hera_demo_text"}, ["dataset: no image was found", "an `images` column"]),
+    "image tokens cut off": ({"cutoff_len": 12}, ["cutoff_len: 12 cuts", "image tokens"]),
+    "packing": ({"packing": True}, ["packing: True", "attend to each other; set neat_packing: true"]),
+    "tokens of packed rows": (
+        {"neat_packing": True, "hera_objective": "feature"},
+        ["hera_objective: feature", "one sample per row", "contrastive"],
+    ),
+    "fp8": ({"fp8": True}, ["fp8: True", "multiples of 16", "remove"]),
+    "output over the model": ({"output_dir": "weightless"}, ["output_dir: weightless", "model_name_or_path"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_refused(train, weightless, name):
+    change, parts = CASES[name]
+    run = train({"model_name_or_path": weightless}, change, ok=False)
+    assert all(part in run.error for part in parts), run.error

@@ -1,6 +1,5 @@
-"""Samples that LLaMA-Factory packs into rows (``neat_packing``) are aligned as if each had its own row."""
+"""Mixed and packed samples of LLaMA-Factory are aligned as if each sample had its own row."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ from llamafactory.data import SFTDataCollatorWith4DAttentionMask, get_dataset, g
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
@@ -25,40 +23,51 @@ from llamafactory_hera.training import Aligner
 
 from ..backbones.standins import save_native
 from ..backbones.tiny import save_tower
-from ..tiny_models import vlm
-from .conftest import LORA, Train
+from ..tiny_models import noise_images, vlm
+from .conftest import LORA
+from .runner import write_dataset
 
 pytestmark = pytest.mark.slow
 
 #: Folder of a model -> its template.
 MODELS = {"llava_1_5_7b": "llava", "qwen2_5_vl_7b": "qwen2_vl"}
 CUTOFF = 560
+#: The images of each sample in one batch. Three samples begin with image 0, so they form three duplicate pairs.
+IMAGES = [[0], [1], [0, 1], [2], [3], [0], [], [], []]
+#: The videos of each sample: the last two have a video, and the one before them is only text.
+VIDEOS = [[]] * 7 + [[1, 2], [2, 3]]
 Row = dict[str, Any]
 
 
-def _sample(number: int) -> Row:
+def _sample(images: list[int], answer: str, videos: list[int]) -> Row:
+    question = "<image>" * len(images) + "<video>" * bool(videos) + "What is it?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    names, frames = ([f"{image}.png" for image in each] for each in (images, videos))
+    return {"conversations": turns, "images": names, "videos": [frames] if frames else []}
+
+
+def _packed_sample(number: int) -> Row:
     """Makes a sample with one image, two, or none, and a unique answer; lengths vary."""
     images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
-    length = number if images else number + 6
-    question = "<image>" * len(images) + "What is it?"
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {'very ' * length}small."}]
-    return {"conversations": turns, "images": [f"{image}.png" for image in images]}
+    return _sample(images, f"It is {'very ' * (number if images else number + 6)}small.", [])
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models, a teacher and the data."""
+    """A folder with the models, a teacher, images, samples to pack, and one batch of mixed samples."""
     folder = tmp_path_factory.mktemp("packed")
     for key in MODELS:
         save_native(key, folder / key)
     save_tower("dinov2", folder / "teacher")
-    for number in range(12):
-        pixels = torch.randint(0, 255, (56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    (folder / "rows.json").write_text(json.dumps([_sample(number) for number in range(12)]))
+    for number, image in enumerate(noise_images(12, (56, 56))):
+        image.save(folder / f"{number}.png")
+    (folder / "mixed").mkdir()
+    mixed = [
+        _sample(images, f"It is {images or videos}.", videos) for images, videos in zip(IMAGES, VIDEOS, strict=True)
+    ]
     columns = {"messages": "conversations", "images": "images"}
-    entry = {"file_name": "rows.json", "formatting": "sharegpt", "columns": columns}
-    (folder / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    write_dataset(folder, [_packed_sample(number) for number in range(12)], formatting="sharegpt", columns=columns)
+    write_dataset(folder / "mixed", mixed, formatting="sharegpt", columns=columns | {"videos": "videos"})
     return folder
 
 
@@ -177,9 +186,7 @@ FLASH = "flash_attention_2"
         (FLASH, True, True, LAYER),
     ],
 )
-def test_packed_samples_have_the_values_of_unpacked_ones(
-    host: Host, attention: str, lora: bool, reentrant: bool | None, keys: dict[str, Any]
-) -> None:
+def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, reentrant, keys):
     model: Any = host.model()
     if lora:
         targets = r".*language_model.*\.(q|v|o)_proj"
@@ -200,27 +207,7 @@ def test_packed_samples_have_the_values_of_unpacked_ones(
     check_gradients(found.gradients, expected.gradients)
 
 
-def test_gradient_caching_compares_the_samples_of_all_packed_micro_batches(host: Host) -> None:
-    model = host.model()
-    aligner = aligner_of(host, model, accumulate="gradcache")
-    collate = host.collator(model, aligner, "sdpa")
-    for collecting in (True, False):
-        for row in range(2):
-            batch = collate(host.packed(row))
-            prepared = aligner.prepare(batch)
-            with torch.set_grad_enabled(not collecting):
-                model(**batch)
-            if collecting:
-                aligner.collect(prepared)
-            else:
-                (aligner.loss(prepared) / 2).backward()
-        if collecting:
-            aligner.solve()
-    together = step(host, host.model(), host.unpacked(0, 1), None, lm=False)
-    check_gradients(gradients_of(model), together.gradients)
-
-
-def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host: Host) -> None:
+def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host):
     lacking = host.rows[True].remove_columns("packing_params")
     get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking})
     with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
@@ -234,9 +221,7 @@ def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(
         ("gemma4", "the loss of gemma4_text cannot read the attention mask of packed rows; remove the key"),
     ],
 )
-def test_models_that_cannot_separate_the_samples_of_a_row_are_refused(
-    kind: str, problem: str, root: Path, tmp_path: Path
-) -> None:
+def test_models_that_cannot_separate_the_samples_of_a_row_are_refused(kind, problem, root, tmp_path):
     vlm(kind).config.save_pretrained(tmp_path)
     keys = {"stage": "hera", "do_train": True, "model_name_or_path": str(tmp_path), "template": "qwen2_vl"}
     keys |= {"dataset": "rows", "dataset_dir": str(root), "output_dir": str(tmp_path / "out"), "use_cpu": True}
@@ -251,7 +236,7 @@ PACKED = {"neat_packing": True, "cutoff_len": 640, "max_steps": 2}
 AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 
-def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train: Train) -> None:
+def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train):
     alone = train(AUTO, {"max_steps": 1})
     one = train(PACKED, AUTO, {"per_device_train_batch_size": 2})
     two = train(PACKED, AUTO, {"per_device_train_batch_size": 1}, ranks=2)
@@ -264,8 +249,26 @@ def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_proc
 
 
 @pytest.mark.parametrize(("accumulate", "ranks"), [("none", 1), ("gradcache", 1), ("gradcache", 2)])
-def test_a_packed_run_accumulates_and_remembers_samples(train: Train, accumulate: str, ranks: int) -> None:
+def test_a_packed_run_accumulates_and_remembers_samples(train, accumulate, ranks):
     keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "hera_accumulate": accumulate}
     run = train(PACKED, LORA, keys, {"hera_memory": 8}, ranks=ranks)
     assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows of a process
     assert run.logs()[1]["hera_loss"] > 0
+
+
+# -- mixed samples ---------------------------------------------------------------------------------------------------
+
+
+def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train, root):
+    args = {"model_name_or_path": "qwen2_5_vl_7b", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
+    args |= {"dataset": "rows", "dataset_dir": "mixed", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
+    args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": 2}
+    run = train(args, cwd=root)
+    first = [images[0] for images in IMAGES if images]
+    candidates = [sum(other != image for other in first) for image in first]
+    chance = sum(min(2, n // 2) / n for n in candidates) / len(first)  # at most half of them are neighbors
+    copies = sum(first[i] == first[j] for i in range(len(first)) for j in range(i))
+    for line in run.logs():
+        assert line["hera_duplicates"] == copies == 3
+        assert line["hera_mknn_chance"] == pytest.approx(chance)
+        assert 0 < line["hera_loss"] < 10

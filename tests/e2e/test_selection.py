@@ -11,19 +11,12 @@ import yaml
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import fill_teacher, score_checkpoint, select
 
-from .conftest import LORA, Command, Train
+from .conftest import LORA
 from .runner import write_recipe
 
 pytestmark = pytest.mark.slow
 
 AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
-
-
-@pytest.fixture
-def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the demo as the working directory."""
-    monkeypatch.chdir(world)
-    return world
 
 
 @pytest.fixture
@@ -33,9 +26,7 @@ def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> 
     return write_recipe(here / f"{name}.yaml", recipe | AUTO | {"output_dir": f"saves/{name}"})
 
 
-def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
-    train: Train, here: Path, path: Path, command: Command
-) -> None:
+def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(train, here, path, command):
     keys = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "hera_heads"}
     write_recipe(path, keys)
     code, output = command("select", path, "--in-place", "hera_select_mode=mllm", "hera_select_m=3")
@@ -63,7 +54,7 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(
     assert select(path, ["hera_select=top"], force=True) == Targets.load(folder / "heads.json") != heads
 
 
-def test_a_llava_has_the_selection_of_its_language_model(here: Path, path: Path) -> None:
+def test_a_llava_has_the_selection_of_its_language_model(here, path):
     llava = select(path)
     llm = select(path, ["output_dir=saves/llm", "model_name_or_path=hera_demo/language_model"])
     assert llava.items == llm.items
@@ -73,7 +64,7 @@ def test_a_llava_has_the_selection_of_its_language_model(here: Path, path: Path)
     assert mllm.provenance["samples_digest"] == llava.provenance["samples_digest"] == llm.provenance["samples_digest"]
 
 
-def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train: Train, here: Path) -> None:
+def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train, here):
     args = AUTO | LORA | {"save_steps": 1, "save_strategy": "steps", "max_steps": 2}
     run = train(args)
     heads = Targets.load(run.folder / "hera/heads.json")
@@ -89,7 +80,7 @@ def test_auto_trains_like_heads_given_by_name_and_is_kept_on_resume(train: Train
     assert "hera_select_seed was 0, is 9" in train(args, again, {"hera_select_seed": 9}, ok=False).error
 
 
-def test_heads_can_be_selected_on_another_dataset(train: Train, here: Path, path: Path) -> None:
+def test_heads_can_be_selected_on_another_dataset(train, here, path):
     data = here / "two_datasets"
     shutil.copytree(here / "hera_demo/data", data)
     (data / "other").mkdir()
@@ -113,7 +104,7 @@ def test_heads_can_be_selected_on_another_dataset(train: Train, here: Path, path
     assert fill_teacher(path, ["hera_select_dataset=other", "hera_teacher_cache=filled_for_training"]) == 96
 
 
-def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Path, command: Command) -> None:
+def test_checkpoints_and_adapters_are_scored(train, here, path, command):
     moved = {"learning_rate": 5e-3, "max_steps": 3, "hera_heads": "L1H0"}
     full, lora = train(moved), train(moved, LORA)
     before = score_checkpoint(None, path, "saves/before.json")
@@ -134,7 +125,7 @@ def test_checkpoints_and_adapters_are_scored(train: Train, here: Path, path: Pat
     assert (here / "hera_report.html").is_file()
 
 
-def test_teacher_only_fills_the_cache_of_training(train: Train, here: Path, path: Path, command: Command) -> None:
+def test_teacher_only_fills_the_cache_of_training(train, here, path, command):
     code, output = command("select", path, "--teacher-only", "hera_teacher_cache=filled")
     assert code == 0, output
     assert "filled: features of 96 images" in output
@@ -154,7 +145,7 @@ def test_teacher_only_fills_the_cache_of_training(train: Train, here: Path, path
         (["hera_granularity=layer", "hera_layers=auto", "hera_heads=null"], "hera_granularity: "),
     ],
 )
-def test_bad_settings_are_refused(path: Path, overrides: list[str], message: str) -> None:
+def test_bad_settings_are_refused(path, overrides, message):
     with pytest.raises((ValueError, OSError)) as error:
         select(path, overrides)
     assert message in str(error.value)

@@ -1,16 +1,20 @@
-"""Training through the real host: logs, output files, and no side effects."""
+"""Training through the real host: logs, output files, the model card, and no side effects."""
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.integrations.llamafactory.commands import score_checkpoint
 
-from .conftest import LORA, Train
+from .conftest import LORA
 from .runner import HostServer, Run, run_command, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -23,10 +27,7 @@ def _sft(recipe: dict) -> dict:
     return dict.fromkeys(key for key in recipe if key.startswith("hera_")) | {"stage": "sft"}
 
 
-# -- logs ------------------------------------------------------------------------------------------------------------
-
-
-def test_curves_and_messages_reach_every_log(train: Train, recipe: dict, world: Path) -> None:
+def test_curves_and_messages_reach_every_log(train, recipe, world):
     board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(world / "board")}  # as the host's web UI sets them
     run = train({"plot_loss": True, "report_to": "tensorboard", "max_steps": 3}, env=board)
     assert all(line.keys() >= HERA_KEYS for line in run.logs())
@@ -43,9 +44,6 @@ def test_curves_and_messages_reach_every_log(train: Train, recipe: dict, world: 
     assert (world / "board/running_log.txt").read_text().count(heads) == 1
 
 
-# -- the same numbers ------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def plain(server: HostServer, world: Path, recipe: dict) -> Path:
     """The output of plain fine-tuning with the plugin; the host's own template lets it also run without the plugin."""
@@ -57,7 +55,7 @@ def plain(server: HostServer, world: Path, recipe: dict) -> Path:
     return run.folder
 
 
-def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, plain: Path) -> None:
+def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train, plain):
     runs = (train({"template": "llava", "max_steps": 3, "hera_weight": weight}) for weight in (0.0, 0.1))
     trained, idle, aligned = (load_file(f / "model.safetensors") for f in (plain, *(run.folder for run in runs)))
     # The appended rows may change the rounding of a matrix product.
@@ -65,23 +63,17 @@ def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train: Train, plain
     assert not all(torch.allclose(aligned[name], trained[name], atol=1e-5) for name in trained)
 
 
-def test_hera_aligns_its_heads_and_plain_training_does_not(
-    train: Train, world: Path, recipe: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(world)
+def test_hera_aligns_its_heads_and_plain_training_does_not(train, here, recipe):
     long = {"num_train_epochs": 6.0, "max_steps": -1, "hera_weight": 1.0, "hera_memory": 64, "hera_heads": "auto"}
     plain, aligned = train(long, _sft(recipe)), train(long, {"hera_select_samples": 96})
-    file = write_recipe(world / "scored.yaml", recipe | {"hera_select_samples": 96, "hera_select_mode": "mllm"})
+    file = write_recipe(here / "scored.yaml", recipe | {"hera_select_samples": 96, "hera_select_mode": "mllm"})
     heads = Targets.load(aligned.folder / "hera/heads.json").items
     scores = [Targets.load(score_checkpoint(run.folder, file)).provenance["scores"] for run in (plain, aligned)]
     means = [sum(table[item.layer][item.head] for item in heads) / len(heads) for table in scores]
     assert means[1] > means[0] + 0.04, means  # 0.105 is chance
 
 
-# -- launchers -------------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, world: Path, recipe: dict) -> None:
+def test_two_processes_under_torchrun_compute_the_term_of_one(train, world, recipe):
     halves = {"output_dir": "saves/torchrun", "per_device_train_batch_size": 8, "ddp_backend": "gloo", "max_steps": 2}
     file = write_recipe(world / "torchrun.yaml", recipe | halves)
     command = ["llamafactory-cli", "train", str(file)]
@@ -95,10 +87,7 @@ def test_two_processes_under_torchrun_compute_the_term_of_one(train: Train, worl
             assert together[key] == pytest.approx(one[key], rel=1e-5)
 
 
-# -- output files ----------------------------------------------------------------------------------------------------
-
-
-def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train: Train, plain: Path, world: Path) -> None:
+def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train, plain, world):
     full = train({"save_strategy": "steps", "save_steps": 1, "max_steps": 1}).folder
     base = set(load_file(world / "hera_demo/model/model.safetensors"))
     state = {"heads.json", "run.json", "state.safetensors"}
@@ -106,8 +95,6 @@ def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train: Tra
         assert set(load_file(folder / "model.safetensors")) == base
         assert {path.name for path in (folder / "hera").iterdir()} - {".lock"} == expected
     adapter = train(LORA, {"max_steps": 1}).folder
-    saved = set(load_file(adapter / "adapter_model.safetensors"))
-    assert all("lora_" in name or "multi_modal_projector" in name for name in saved)
     settings = {
         "model_name_or_path": "hera_demo/model",
         "adapter_name_or_path": str(adapter),
@@ -135,3 +122,46 @@ assert "llamafactory_hera" not in sys.modules
     one, two = ((folder / "model.safetensors").read_bytes() for folder in (plain, world / "saves/sft_without"))
     assert one == two
     assert set(load_file(world / "saves/exported/model.safetensors")) == base
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA], ids=["full", "lora"])
+def test_card_and_json_describe_the_run_and_how_to_load_it(train, recipe, tuning, here):
+    keys = tuning | {"hera_heads": "auto", "hera_select_samples": 40, "max_steps": 2}
+    run = train(keys)
+    content = json.loads((run.folder / "hera/card.json").read_text())
+    selected = json.loads((run.folder / "hera/heads.json").read_text())
+    assert content["heads"] == selected["heads"]
+    assert content["k"] == 7  # of 15 candidates, although hera_k is 10
+    assert list(content["scores"]["mknn"]) == [*selected["heads"], "mean", "others"]
+    assert (content["objective"], content["teacher"], content["steps"]) == ("contrastive", recipe["hera_teacher"], 2)
+    page = (run.folder / "README.md").read_text()
+    metadata = ModelCard(page).data
+    tuned = tuning.get("finetuning_type", "full")
+    assert {"llama-factory", tuned, "hera"} <= set(metadata.tags)
+    assert "llamafactory" not in metadata.tags
+    assert page.count("## Alignment with a vision encoder") == 1
+    assert "## Training procedure" in page  # the host's text stays
+    for part in (*content["heads"], content["teacher"], "arXiv:2606.23885", f"{run.logs()[-1]['hera_mknn']:.4g}"):
+        assert part in page
+    assert metadata.pipeline_tag == "image-text-to-text"
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, names := {})
+    assert isinstance(names["model"], PeftModel) == bool(tuning)
+
+
+def test_the_card_of_a_layer_run_names_layers_and_objective(train):
+    keys = {"hera_objective": "cka", "hera_granularity": "layer", "hera_layers": "penultimate", "hera_heads": None}
+    run = train(keys, {"max_steps": 1})
+    content = json.loads((run.folder / "hera/card.json").read_text())
+    assert (content["layers"], content["objective"]) == (["L3"], "cka")
+    assert "scores" not in content
+    assert "HeRA aligned layers L3" in (run.folder / "README.md").read_text()
+
+
+def test_a_run_reads_a_stream(train):
+    args = {"max_steps": 3, "per_device_train_batch_size": 4}
+    args |= {"dataloader_num_workers": 1, "streaming": True, "buffer_size": 32}
+    # With dispatch_batches, the first process reads all batches, and they must have equal lengths, in any stage.
+    run = train(args, {"accelerator_config": {"dispatch_batches": False}}, ranks=2)
+    assert len(run.logs()) == 3
+    assert all(math.isfinite(line["loss"]) and line["hera_loss"] > 0 for line in run.logs())

@@ -48,7 +48,7 @@ def recipe(world: Path) -> dict[str, Any]:
     return args | {"learning_rate": 1e-3, "enable_activation_checkpointing": False}
 
 
-def test_two_processes_train_like_one(world: Path, recipe: dict[str, Any]) -> None:
+def test_two_processes_train_like_one(world, recipe):
     logs = []
     for ranks in (1, 2):
         output = f"saves/v1_{ranks}"
@@ -68,9 +68,7 @@ def test_two_processes_train_like_one(world: Path, recipe: dict[str, Any]) -> No
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-def test_the_term_is_averaged_over_micro_batches_and_the_lm_loss_over_tokens(
-    world: Path, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_term_is_averaged_over_micro_batches_and_the_lm_loss_over_tokens(world, recipe, monkeypatch):
     monkeypatch.chdir(world)
     args = recipe | {"micro_batch_size": 8, "global_batch_size": 16, "max_steps": 1, "output_dir": "saves/v1_gradient"}
     model_args, data_args, training_args, _ = get_args(dict(args))
@@ -115,6 +113,6 @@ REFUSED |= {"hera_select_dataset": "captions", "hera_accumulate": "gradcache"}
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_settings_that_do_not_work_are_refused_before_anything_is_loaded(key: str) -> None:
+def test_settings_that_do_not_work_are_refused_before_anything_is_loaded(key):
     with pytest.raises(ValueError, match=f"^{key}.* does not work with HeRA in the v1 engine: "):
         run({"model": "none", "train_dataset": "none", "output_dir": "none", **HERA, key: REFUSED[key]})

@@ -43,7 +43,7 @@ def make_half_right(data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, capfd, monkeypatch) -> None:
+def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, capfd, monkeypatch):
     assert main(command(folder, data)) == 0
     first = answers(data)
     assert sorted(line["doc_id"] for line in first) == list(range(24))
@@ -65,7 +65,7 @@ def test_scores_follow_from_the_answers_and_nothing_runs_twice(folder, data, cap
 
 
 @pytest.mark.slow
-def test_a_file_of_questions_is_a_separate_suite_with_any_name(folder, data) -> None:
+def test_a_file_of_questions_is_a_separate_suite_with_any_name(folder, data):
     (data / "demo_questions.json").rename(data / "paper.json")
     run, output = data.parent / "run", data.parent / "eval"
     shutil.copytree(folder, run)
@@ -78,7 +78,7 @@ def test_a_file_of_questions_is_a_separate_suite_with_any_name(folder, data) -> 
 
 
 @pytest.mark.slow
-def test_a_failed_task_is_reported_and_its_answers_are_kept(folder, data, capfd) -> None:
+def test_a_failed_task_is_reported_and_its_answers_are_kept(folder, data, capfd):
     rows = json.loads((data / "demo_questions.json").read_text())
     broken = data / min(rows, key=lambda row: len(row["question"]))["image"]  # short questions are asked last
     image = broken.read_bytes()
@@ -94,7 +94,7 @@ def test_a_failed_task_is_reported_and_its_answers_are_kept(folder, data, capfd)
 
 
 @pytest.mark.slow
-def test_two_processes_answer_like_one(folder, data, tmp_path) -> None:
+def test_two_processes_answer_like_one(folder, data, tmp_path):
     shutil.copytree(data, tmp_path / "two/data")
     assert main(command(folder, data)) == 0
     run = ["llamafactory-hera", *command(folder, tmp_path / "two/data")]
@@ -107,7 +107,7 @@ def test_two_processes_answer_like_one(folder, data, tmp_path) -> None:
     assert result(data)["records"] == result(tmp_path / "two/data")["records"]
 
 
-def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypatch, capfd) -> None:
+def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("orphan").mkdir()
     Path("orphan/adapter_config.json").write_text('{"base_model_name_or_path": "saves/gone"}')
@@ -132,7 +132,7 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
     ("spacy:en_core_web_lg", "spaCy's en_core_web_lg"),
     ("env:AMBER_BASE_DIR", "AMBER's data (set AMBER_BASE_DIR"),
 ])  # fmt: skip
-def test_the_check_lists_what_a_task_lacks(need: str, lacks: str, tmp_path: Path, monkeypatch) -> None:
+def test_the_check_lists_what_a_task_lacks(need, lacks, tmp_path, monkeypatch):
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "AMBER_BASE_DIR"):
         monkeypatch.delenv(name, raising=False)
     task = replace(SUITES["paper"][1], needs=(need,))
@@ -144,7 +144,7 @@ def test_the_check_lists_what_a_task_lacks(need: str, lacks: str, tmp_path: Path
 @pytest.mark.parametrize("changes, message", [
     ({}, ""), ({"image": "b.png"}, "b.png"), ({"answer": 4}, "'int' object has no attribute"),
 ])  # fmt: skip
-def test_the_check_reads_local_rows(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_the_check_reads_local_rows(changes, message, tmp_path):
     row = {"source": "a", "image": "a.png", "question": "Q?", "answer": "yes", "category": "exist"}
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "demo_questions.json").write_text(json.dumps([row, row | changes]))

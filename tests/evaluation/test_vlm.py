@@ -71,7 +71,7 @@ DIFFERENT += ("internvl3_5_8b", "gemma4_e4b", "glm4_1v_9b")
 
 
 @pytest.mark.parametrize("key", NATIVE)
-def test_answers_equal_direct_generation_with_the_makers_prompts(key: str, tmp_path: Path) -> None:
+def test_answers_equal_direct_generation_with_the_makers_prompts(key, tmp_path):
     folder = save_native(key, tmp_path / key)
     model = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = tf.AutoProcessor.from_pretrained(folder)
@@ -100,34 +100,34 @@ def test_answers_equal_direct_generation_with_the_makers_prompts(key: str, tmp_p
     (" A", " A"),
     ("I|<image>A", "<image>\nA"),  # a literal image token would need an image
 ])  # fmt: skip
-def test_images_come_before_one_text(model: HeraVLM, given: str, text: str) -> None:
+def test_images_come_before_one_text(model, given, text):
     image, pieces = {"type": "image", "url": picture(0)}, given.split("|")
     content = [image if piece == "I" else {"type": "text", "text": piece} for piece in pieces]
     prompt = model.prompt(model.conversation([{"role": "user", "content": content}]))
     assert f"<|end_header_id|>\n\n{text.lstrip()}<|eot_id|>" in prompt
 
 
-def test_other_media_and_sampling_are_refused(model: HeraVLM) -> None:
+def test_other_media_and_sampling_are_refused(model):
     with pytest.raises(ValueError, match="video: hera_vlm supports only text and images"):
         ask(model, [[{"type": "video", "url": "film.mp4"}]])
     with pytest.raises(ValueError, match="do_sample: true is not supported"):
         ask(model, DOCUMENTS[:1], do_sample=True)
 
 
-def test_samples_with_and_without_images_share_a_batch(model: HeraVLM) -> None:
+def test_samples_with_and_without_images_share_a_batch(model):
     several = [{"type": "image", "url": picture(5)}, *parts(4, "A dog?")]
     documents = [DOCUMENTS[0], [{"type": "text", "text": "How many people sit on a bench?"}], several, DOCUMENTS[1]]
     assert ask(model, documents) == [ask(model, [document])[0] for document in documents]
 
 
-def test_a_task_defines_the_end_of_an_answer(model: HeraVLM) -> None:
+def test_a_task_defines_the_end_of_an_answer(model):
     (whole,) = ask(model, DOCUMENTS[:1], max_new_tokens=12)
     middle = whole[len(whole) // 2]
     for until in (middle, [middle]):
         assert ask(model, DOCUMENTS[:1], max_new_tokens=12, until=until) == [whole.split(middle)[0].strip()]
 
 
-def test_stored_generation_settings_affect_only_the_tokens_that_end_an_answer(folder: Path, tmp_path: Path) -> None:
+def test_stored_generation_settings_affect_only_the_tokens_that_end_an_answer(folder, tmp_path):
     path = tmp_path / "answers.jsonl"
     plain = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS[:1])
     shutil.copytree(folder, tmp_path / "copy")
@@ -139,7 +139,7 @@ def test_stored_generation_settings_affect_only_the_tokens_that_end_an_answer(fo
     assert ask(HeraVLM(str(tmp_path / "copy")), DOCUMENTS[:1]) == [""]
 
 
-def test_an_adapter_is_merged(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged(folder, tmp_path):
     base = tf.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
@@ -155,7 +155,7 @@ def test_an_adapter_is_merged(folder: Path, tmp_path: Path) -> None:
         HeraVLM(str(tmp_path / "adapter"))
 
 
-def test_pad_makes_squares_in_the_mean_color(folder: Path) -> None:
+def test_pad_makes_squares_in_the_mean_color(folder):
     model = HeraVLM(str(folder), image_aspect_ratio="pad")
     message = {"role": "user", "content": [{"type": "image", "url": Image.new("RGB", (20, 10), "red")}]}
     image = model.conversation([message])[0]["content"][0]["image"]
@@ -164,7 +164,7 @@ def test_pad_makes_squares_in_the_mean_color(folder: Path) -> None:
     assert [image.getpixel((3, y)) for y in (2, 9, 17)] == [mean, (255, 0, 0), mean]
 
 
-def test_answers_are_reused_if_nothing_has_changed(folder: Path, tmp_path: Path) -> None:
+def test_answers_are_reused_if_nothing_has_changed(folder, tmp_path):
     path = tmp_path / "answers.jsonl"
     expected = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS)
     complete = lines_of(path)
@@ -184,14 +184,14 @@ def test_answers_are_reused_if_nothing_has_changed(folder: Path, tmp_path: Path)
             ask(model, [document])
 
 
-def test_lmms_eval_finds_the_class(folder: Path, model: HeraVLM) -> None:
+def test_lmms_eval_finds_the_class(folder, model):
     found = get_model("hera_vlm", False)
     options = {"batch_size": "2", "max_batch_size": None, "device": "cpu"}
     made = found.create_from_arg_string(f"pretrained={folder},image_aspect_ratio=none", options)
     assert (type(made), ask(made, DOCUMENTS)) == (HeraVLM, ask(model, DOCUMENTS))
 
 
-def test_incomplete_models_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_models_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"qwen3 has no image.processor; give a multimodal chat model"):
         HeraVLM(str(save_language_model("qwen3", tmp_path / "qwen3")))
     shutil.copytree(folder, tmp_path / "mute", ignore=shutil.ignore_patterns("chat_template*"))
@@ -209,7 +209,7 @@ def test_incomplete_models_are_refused(folder: Path, tmp_path: Path) -> None:
         HeraVLM(str(tmp_path / "torn"))
 
 
-def test_the_digest_changes_with_what_affects_answers(folder: Path, tmp_path: Path) -> None:
+def test_the_digest_changes_with_what_affects_answers(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     digests = [weights_digest([folder])]
     for name in ("README.md", "model.safetensors", "chat_template.jinja"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from llamafactory_harc.data import chat_tail
 from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
-from tests.e2e.runner import ROOT, HostServer, write_recipe
+from tests.e2e.runner import ROOT, write_recipe
 
 from . import tiny
 
@@ -53,9 +53,7 @@ def _samples(place: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Any:
     return KindSamples(host, checked(host))
 
 
-def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(place, monkeypatch):
     samples = _samples(place, monkeypatch)
     named = _samples(place, monkeypatch, dataset="my_harmful,my_harmless,my_pseudo,my_compliant")
     assert samples.tail == chat_tail(tiny.tokenizer())
@@ -76,15 +74,13 @@ def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(
         ({"harc_margn": 0.3}, "harc_margn: no such key; did you mean harc_margin"),
     ],
 )
-def test_a_run_that_does_not_fit_is_refused_before_weights_load(
-    place: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], message: str
-) -> None:
+def test_a_run_that_does_not_fit_is_refused_before_weights_load(place, monkeypatch, keys, message):
     with pytest.raises(ValueError, match=message):
         _samples(place, monkeypatch, **keys).encoded()
 
 
 @pytest.mark.slow
-def test_two_processes_and_engines_train_as_one_process(server: HostServer, place: Path) -> None:
+def test_two_processes_and_engines_train_as_one_process(server, place):
     whole = server.run(RECIPE | {"output_dir": "saves/one"}, place, env=ENV).logs()
     assert len(whole) == 3
     files = {path.name for path in (place / "saves/one/harc").iterdir()}
@@ -107,7 +103,7 @@ def test_two_processes_and_engines_train_as_one_process(server: HostServer, plac
 
 
 @pytest.mark.slow
-def test_the_command_writes_directions_that_a_run_uses(server: HostServer, place: Path) -> None:
+def test_the_command_writes_directions_that_a_run_uses(server, place):
     recipe = write_recipe(place / "recipe.yaml", RECIPE | {"output_dir": "saves/command"})
     code, output = server.command("harc-directions", recipe, "max_steps=1", cwd=place, **ENV)
     assert code == 0, output

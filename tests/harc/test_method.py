@@ -37,7 +37,7 @@ def coupler_of(folder: Path, model: Any, **keys: Any) -> Coupler:
     return Coupler(model, config, tiny.rows(config)[0], tiny.collator(), folder)
 
 
-def test_directions_are_unit_differences_of_means_at_the_inputs_of_blocks(tmp_path: Path) -> None:
+def test_directions_are_unit_differences_of_means_at_the_inputs_of_blocks(tmp_path):
     model = tiny.chat_model()
     harmful, harmless, compliant = (
         [torch.stack(each).mean(0) for each in zip(*(naive_read(model, row, 5) for row in rows), strict=True)]
@@ -51,7 +51,7 @@ def test_directions_are_unit_differences_of_means_at_the_inputs_of_blocks(tmp_pa
     assert torch.allclose(found[:, :-1], raw / raw.norm(dim=-1, keepdim=True), atol=1e-5)
 
 
-def test_layers_are_chosen_by_the_product_of_the_four_cosines() -> None:
+def test_layers_are_chosen_by_the_product_of_the_four_cosines():
     directions = torch.nn.functional.normalize(torch.randn(4, 12, 16), dim=-1)
     naive = {}
     for layer in range(4, 12 - 4 + 1):  # of the layers 0 to 12, the first and the last four are left out
@@ -65,7 +65,7 @@ def test_layers_are_chosen_by_the_product_of_the_four_cosines() -> None:
         geometry.best_layers(directions[:, :7], 1)
 
 
-def test_a_refresh_mixes_base_and_adapted_model_touches_no_other_state_and_is_written(tmp_path: Path) -> None:
+def test_a_refresh_mixes_base_and_adapted_model_touches_no_other_state_and_is_written(tmp_path):
     expected = coupler_of(tmp_path, tiny.chat_model()).extract(CPU)
     model = tiny.with_lora(tiny.chat_model(), random=True).train()
     model.base_model.model.model.layers[2].eval()
@@ -93,7 +93,7 @@ def test_a_refresh_mixes_base_and_adapted_model_touches_no_other_state_and_is_wr
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_step_has_the_four_losses_of_a_naive_computation(tmp_path: Path, side: str) -> None:
+def test_a_step_has_the_four_losses_of_a_naive_computation(tmp_path, side):
     model, base = tiny.with_lora(tiny.chat_model(), random=True), tiny.chat_model()
     coupler = coupler_of(tmp_path, model, layers="L4,L5", margin=0.4, kl_weight=2.0, window=4)
     train = tiny.rows(coupler.config)[1]
@@ -127,20 +127,20 @@ def test_a_step_has_the_four_losses_of_a_naive_computation(tmp_path: Path, side:
     assert term == pytest.approx(means["coupling"] + means["response"] + 2 * means["kl"], rel=1e-4)
 
 
-def test_a_row_beyond_the_margin_has_no_loss_and_no_gradient() -> None:
+def test_a_row_beyond_the_margin_has_no_loss_and_no_gradient():
     harm, refusal = torch.tensor([[0.6, -0.1]]), torch.tensor([[0.9, -0.2]], requires_grad=True)
     loss = coupling(refusal, harm, torch.tensor([True, False]), margin=0.5)
     loss.backward()
     assert (loss.item(), refusal.grad.tolist()) == (0, [[0, 0]])  # type: ignore[union-attr]
 
 
-def test_long_rows_lose_the_beginning_of_the_prompt_and_the_end_of_the_response() -> None:
+def test_long_rows_lose_the_beginning_of_the_prompt_and_the_end_of_the_response():
     whole, cut = (tiny.rows(HarcConfig(length=length))[1]["harmful"][0] for length in (256, 8))
     assert cut.ids[: cut.n_prompt] == whole.ids[: whole.n_prompt][-8:]
     assert cut.ids[cut.n_prompt :] == [*whole.ids[whole.n_prompt :][:8], tiny.tokenizer().eos_token_id]
 
 
-def test_a_template_without_a_tail_is_refused() -> None:
+def test_a_template_without_a_tail_is_refused():
     assert tiny.tokenizer().decode(TAIL) == "<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(ValueError, match="template: no token follows"):
         template_tail(lambda text: tiny.tokenizer()(text)["input_ids"])
@@ -170,12 +170,12 @@ def _spoiled(**changes: Any) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_data_that_do_not_fit_are_refused(rows: Any, message: str) -> None:
+def test_data_that_do_not_fit_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         read_rows(rows, TAIL, HarcConfig())
 
 
-def test_batches_are_fixed_mixtures_of_endless_streams_that_continue_over_epochs() -> None:
+def test_batches_are_fixed_mixtures_of_endless_streams_that_continue_over_epochs():
     train = {kind: [Row([], 0, kind)] * count for kind, count in (("harmful", 7), ("harmless", 3), ("pseudo", 2))}
     sampler = MixtureSampler(train, 6, n_processes=2, seed=1)
     indices: list[int] = []

@@ -25,7 +25,7 @@ def adapted(folder: Path, **values: Any) -> HarcTrainer:
     return tiny.trainer_of(folder, tiny.with_lora(tiny.chat_model(), random=True), **values)
 
 
-def test_a_run_resumes_exactly_over_epochs_and_refreshes_and_leaves_a_plain_adapter(tmp_path: Path) -> None:
+def test_a_run_resumes_exactly_over_epochs_and_refreshes_and_leaves_a_plain_adapter(tmp_path):
     keys = {"refresh": 2, "late_from": 3, "n_layers": 1, "late_layers": 2}
     straight = tiny.trainer_of(tmp_path / "run", harc=keys, save_strategy="steps", save_steps=4)
     straight.train()
@@ -71,14 +71,14 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, reentrant: bool) -> None:
+def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
     plain, trainer = adapted(tmp_path), adapted(tmp_path)
     trainer.model.enable_input_require_grads()
     trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_equal(gradients(trainer, mixture(trainer)), gradients(plain, mixture(plain)))
 
 
-def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_path: Path) -> None:
+def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_path):
     trainer = adapted(tmp_path, harc={"layers": "L4,L5"})
     batches = mixture(trainer, 2)
     batches[1] = [row._replace(kind="harmless") if row is batches[1][0] else row for row in batches[1]]
@@ -90,13 +90,13 @@ def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_pa
     assert_equal(gradients(trainer, batches), mean)
 
 
-def test_a_micro_batch_of_benign_rows_alone_has_finite_gradients(tmp_path: Path) -> None:
+def test_a_micro_batch_of_benign_rows_alone_has_finite_gradients(tmp_path):
     trainer = adapted(tmp_path)
     found = gradients(trainer, [[row for row in trainer._rows if row.kind != "harmful"][:3]])
     assert all(value.isfinite().all() and value.any() for value in found.values())
 
 
-def test_the_coupling_moves_in_a_tiny_instruct_model_and_general_text_does_not(tmp_path: Path) -> None:
+def test_the_coupling_moves_in_a_tiny_instruct_model_and_general_text_does_not(tmp_path):
     model = tiny.chat_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     answers = [row._replace(kind="harmful") for rows in tiny.rows(HarcConfig())[1].values() for row in rows]  # labeled
@@ -120,7 +120,7 @@ def test_the_coupling_moves_in_a_tiny_instruct_model_and_general_text_does_not(t
     assert float((before.exp() * (before - after)).sum(-1).mean()) < 0.05
 
 
-def test_a_fused_loss_is_refused(tmp_path: Path) -> None:
+def test_a_fused_loss_is_refused(tmp_path):
     trainer = tiny.trainer_of(tmp_path)
     trainer.coupler._logits.install = lambda: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="the model returned no logits"):
@@ -137,12 +137,12 @@ def test_a_fused_loss_is_refused(tmp_path: Path) -> None:
         ({"harc": {"layers": "L0"}}, "harc_layers: L0 is the embeddings"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+def test_settings_that_do_not_fit_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         tiny.trainer_of(tmp_path, **values)
 
 
-def test_fused_packed_and_sharded_trainers_are_refused_by_name(tmp_path: Path) -> None:
+def test_fused_packed_and_sharded_trainers_are_refused_by_name(tmp_path):
     trainer = tiny.trainer_of(tmp_path)
     for key in ("use_liger_kernel", "packing", "padding_free"):
         trainer.args = SimpleNamespace(**vars(tiny.trainer_of(tmp_path).args) | {key: True})
@@ -153,7 +153,7 @@ def test_fused_packed_and_sharded_trainers_are_refused_by_name(tmp_path: Path) -
         trainer._check()
 
 
-def test_with_qlora_the_base_is_the_quantized_model(tmp_path: Path) -> None:
+def test_with_qlora_the_base_is_the_quantized_model(tmp_path):
     tiny.chat_model(width=64).save_pretrained(tmp_path / "model")
     settings = tf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -166,7 +166,7 @@ def test_with_qlora_the_base_is_the_quantized_model(tmp_path: Path) -> None:
     assert second["harc_kl"] > 1e-6
 
 
-def test_trl_trains_as_the_plain_trainer(tmp_path: Path) -> None:
+def test_trl_trains_as_the_plain_trainer(tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     from llamafactory_harc.trl import HarcSFTTrainer
 

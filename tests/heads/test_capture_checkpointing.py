@@ -1,19 +1,19 @@
-"""Gradient checkpointing recomputes layers in the backward pass, and must change no capture and no gradient."""
+"""Gradient checkpointing and torch.compile change no capture and no gradient."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.head_reference import check_layers
-from tests.tiny_models import VLMS, answer_labels, vlm, vlm_batch
+from tests.head_reference import CAPTURES, HEADS, both, check_layers, checkpoint, checkpointed, gradients, weighted_sum
+from tests.tiny_models import VLMS, answer_labels, text_batch, text_model, vlm, vlm_batch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import decoder_layers
 
-HEADS = "L1H3,L0H2,L1H0,L1H1"
-CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
-both = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers"])
 ROWS = 4
 
 
@@ -23,11 +23,6 @@ def host(model: nn.Module, reentrant: bool) -> None:
     checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
     arguments = hparams.ModelArguments(model_name_or_path="tiny", use_reentrant_gc=reentrant)
     checkpointing.prepare_model_for_training(model, arguments)
-
-
-def transformers(model: nn.Module, reentrant: bool) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()  # as its Trainer and PEFT do for frozen inputs
 
 
 in_both_modes = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
@@ -47,15 +42,6 @@ def lora(model: nn.Module) -> nn.Module:
     torch.manual_seed(3)
     modules = ["q_proj", "v_proj", "o_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=4, target_modules=modules, init_lora_weights=False))
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the gradient of each trainable parameter; zeros if the loss does not reach it."""
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
 
 
 def term(z: Tensor) -> Tensor:
@@ -92,7 +78,7 @@ def inputs(model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
 
 @both
 @in_both_modes
-@pytest.mark.parametrize("enable", [host, transformers])
+@pytest.mark.parametrize("enable", [host, checkpoint])
 @pytest.mark.parametrize("training", [full, projector_only, lora], ids=lambda function: function.__name__)
 def test_gradients_equal_those_without_checkpointing(enable, reentrant, training, names):
     model = vlm("llava-qwen3")
@@ -109,7 +95,7 @@ def test_checkpointing_changes_nothing_in_any_kind_of_decoder_layer(name):
         model.vision_model.requires_grad_(False)
     plain = {names: step(model, names) for names in CAPTURES}
     for reentrant in (True, False):
-        transformers(model, reentrant)
+        checkpoint(model, reentrant)
         for names in CAPTURES:
             compare(step(model, names), plain[names])
         check_layers(model, *inputs(model))
@@ -123,11 +109,11 @@ def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, name
     batch, mask = inputs(model)
     plain = step(model, names)
     if before:
-        transformers(model, not reentrant)
+        checkpoint(model, not reentrant)
     with CAPTURES[names](model, names) as capture:
         capture.pool(mask)
         model(**batch)
-        transformers(model, reentrant)
+        checkpoint(model, reentrant)
         functions = [layer._gradient_checkpointing_func for layer in decoder_layers(model)]
         for _ in range(2):
             model.zero_grad()
@@ -144,7 +130,7 @@ def test_checkpointing_may_be_enabled_inside_the_context(reentrant, before, name
 @in_both_modes
 def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
     model = vlm("llava-qwen3")
-    transformers(model, reentrant)
+    checkpoint(model, reentrant)
     batch, mask = inputs(model)
     with HeadCapture(model, HEADS) as capture:
         capture.pool(mask)
@@ -153,12 +139,11 @@ def test_leaving_the_context_before_the_backward_pass_is_refused(reentrant):
         loss.backward()
 
 
+@checkpointed
 @pytest.mark.parametrize("names", ["L0H1,L1H2", "L0,L1"], ids=["heads", "layers"])
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
 def test_gradient_seen_lists_the_layers_that_received_a_gradient(checkpointing, names):
     model = vlm("llava-qwen3")
-    if checkpointing is not None:
-        transformers(model, checkpointing)
+    checkpoint(model, checkpointing)
     batch, mask = inputs(model)
     with (HeadCapture if "H" in names else LayerCapture)(model, names) as capture:
         capture.watch_gradients = True
@@ -167,3 +152,59 @@ def test_gradient_seen_lists_the_layers_that_received_a_gradient(checkpointing, 
             model(**batch)
             (capture.representations() * torch.tensor(factors).view(2, 1, 1)).sum().backward()
             assert capture.gradient_seen == expected
+
+
+WITH_FINAL = CAPTURES | {"final": LayerCapture}
+
+
+@pytest.fixture
+def anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def build(checkpointing: bool | None) -> nn.Module:
+    model = text_model("qwen3", attention_bias=True, use_cache=False)
+    checkpoint(model, checkpointing)
+    return model
+
+
+def compiled_step(
+    model: nn.Module, call: nn.Module, capture: HeadCapture | LayerCapture, seed: int
+) -> dict[str, Tensor]:
+    """Returns the representations and the gradients of one training step."""
+    batch = text_batch(seed=seed)
+    mask = batch["attention_mask"].bool()
+    mask[:, :2] = False
+    model.zero_grad()
+    capture.pool(mask)
+    loss = call(**batch, labels=batch["input_ids"]).loss
+    z = capture.representations()
+    (loss + weighted_sum(z)).backward()
+    return {"z": z.detach(), **gradients(model)}
+
+
+@pytest.mark.parametrize("names", WITH_FINAL, ids=["heads", "layers", "final"])
+@checkpointed
+@pytest.mark.usefixtures("anew")
+def test_a_compiled_model_has_the_same_values_without_a_graph_break(checkpointing, names):
+    plain, model = build(checkpointing), build(checkpointing)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    compiled(**text_batch(), labels=text_batch()["input_ids"])  # compiled before it is hooked
+    assert len(graphs) == 1
+    with WITH_FINAL[names](plain, names) as expected, WITH_FINAL[names](model, names) as capture:
+        for seed in range(3):
+            want, got = compiled_step(plain, plain, expected, seed), compiled_step(model, compiled, capture, seed)
+            for name, values in want.items():
+                scale = max(1.0, values.abs().max().item())
+                torch.testing.assert_close(got[name], values, rtol=0, atol=1e-6 * scale)
+    assert sum(counters["graph_break"].values()) == 0
+    assert len(graphs) == 2  # a new mask does not cause a recompilation

@@ -1,7 +1,5 @@
 """Heads and layers of every text family, bare and inside a VLM, compared with the model's own blocks."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from tests.head_reference import check_heads, check_layers, check_pooled
@@ -27,7 +25,7 @@ every_reader = pytest.mark.parametrize("check", READERS, ids=lambda c: c.__name_
 
 
 @pytest.mark.parametrize("model_type", BARE)
-def test_a_bare_decoder(model_type: str) -> None:
+def test_a_bare_decoder(model_type):
     model, batch = text_model(model_type), text_batch()
     layout = head_layout(model.config)
     assert (layout.model_type, layout.n_layers) == (model_type, LAYERS)
@@ -40,7 +38,7 @@ def test_a_bare_decoder(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_a_decoder_inside_a_vlm(name: str) -> None:
+def test_a_decoder_inside_a_vlm(name):
     model = vlm(name)
     batch = vlm_batch(model)
     mask = batch["attention_mask"].bool()
@@ -49,7 +47,7 @@ def test_a_decoder_inside_a_vlm(name: str) -> None:
         check(model, batch, mask)
 
 
-def test_every_family_appears_inside_a_vlm_with_known_placeholders_of_images() -> None:
+def test_every_family_appears_inside_a_vlm_with_known_placeholders_of_images():
     configs = [vlm(name).config for name in VLMS if name not in UNKNOWN]
     missing = {"gemma3n_text", *(f"{name}_text" for name in UNKNOWN)}
     assert {head_layout(config).model_type for config in configs} == FAMILIES - missing
@@ -60,7 +58,7 @@ def test_every_family_appears_inside_a_vlm_with_known_placeholders_of_images() -
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen3_vl_text", "gemma2", "gemma3_text"])
-def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type: str) -> None:
+def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type):
     model, batch = text_model(model_type, attention_bias=True), text_batch()
     for layer in decoder_layers(model):
         assert layer.self_attn.o_proj.bias.abs().max() > 0.01
@@ -68,7 +66,7 @@ def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type: str) -
 
 
 @every_reader
-def test_left_padding_and_a_row_without_tokens(check: Callable) -> None:
+def test_left_padding_and_a_row_without_tokens(check):
     model = text_model("qwen3")
     ids = torch.randint(3, 50, (3, 8))
     attended = torch.ones_like(ids)
@@ -81,12 +79,12 @@ def test_left_padding_and_a_row_without_tokens(check: Callable) -> None:
 
 @every_reader
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_weights(dtype: torch.dtype, tolerance: float, check: Callable) -> None:
+def test_half_precision_weights(dtype, tolerance, check):
     model, batch = text_model("qwen3").to(dtype), text_batch()
     check(model, batch, batch["attention_mask"].bool(), tolerance=tolerance)
 
 
-def test_autocast_to_bfloat16() -> None:
+def test_autocast_to_bfloat16():
     model, batch = text_model("qwen3"), text_batch()
     mask = batch["attention_mask"].bool()
     with HeadCapture(model, "L0H1,L1H2") as capture:

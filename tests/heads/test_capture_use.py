@@ -6,7 +6,17 @@ import weakref
 
 import pytest
 import torch
-from tests.head_reference import blocks, mean_over
+from tests.head_reference import (
+    CAPTURES,
+    HEADS,
+    blocks,
+    both,
+    checkpoint,
+    checkpointed,
+    gradients,
+    mean_over,
+    weighted_sum,
+)
 from tests.tiny_models import text_batch, text_model
 from torch import Tensor, nn
 
@@ -14,10 +24,6 @@ from llamafactory_hera.heads import Target, Targets
 from llamafactory_hera.heads.capture import HeadCapture, LayerCapture
 from llamafactory_hera.heads.families import decoder_layers
 from llamafactory_hera.rivals.decoder_inputs import DecoderInputs
-
-HEADS = "L1H3,L0H2,L1H0,L1H1"
-CAPTURES = {HEADS: HeadCapture, "L1,L0": LayerCapture}
-both = pytest.mark.parametrize("names", CAPTURES, ids=["heads", "layers"])
 
 
 @pytest.fixture
@@ -46,10 +52,9 @@ def captured(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, targets=H
 
 def gradients_of(z: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """Differentiates a fixed weighted sum of the values by each parameter."""
-    direction = torch.linspace(-1, 1, z.numel()).view_as(z)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad((z * direction).sum(), parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, gradients, strict=True))
+    found = torch.autograd.grad(weighted_sum(z), parameters, allow_unused=True, materialize_grads=True)
+    return dict(zip(names, found, strict=True))
 
 
 def state_of(model: nn.Module) -> dict[str, tuple]:
@@ -96,15 +101,13 @@ def test_the_gradient_is_that_of_the_definition(model, batch, mask, names):
 
 
 @both
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+@checkpointed
 @pytest.mark.parametrize("order", ["graph first", "graph last"])
 def test_a_pass_without_a_graph_does_not_replace_a_pass_with_a_graph(model, batch, mask, names, checkpointing, order):
     """A trainer may run the model twice in a step, for metrics or for gradient caching."""
     capture = CAPTURES[names]
     expected = gradients_of(captured(model, batch, mask, names, capture), model)
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-        model.enable_input_require_grads()
+    checkpoint(model, checkpointing)
     other = {name: values.flip(0) for name, values in batch.items()}
     with capture(model, names) as reader:
         reader.pool(mask)
@@ -115,11 +118,8 @@ def test_a_pass_without_a_graph_does_not_replace_a_pass_with_a_graph(model, batc
         if order == "graph last":
             assert not reader.representations().requires_grad
             model(**batch)
-        got = reader.representations()
-        (got * torch.linspace(-1, 1, got.numel()).view_as(got)).sum().backward()
-    for name, parameter in model.named_parameters():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-5)
+        weighted_sum(reader.representations()).backward()
+    torch.testing.assert_close(gradients(model), expected, rtol=1e-5, atol=1e-5)
 
 
 @both
@@ -162,10 +162,9 @@ def test_the_models_output_and_gradients_do_not_change(kind, names, batch, mask)
 
 
 @both
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "non-reentrant"])
+@checkpointed
 def test_hooks_are_removed_after_a_pass_and_after_an_exception(model, batch, mask, names, checkpointing):
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    checkpoint(model, checkpointing)
     before, output = state_of(model), model(**batch).logits
     captured(model, batch, mask, names, CAPTURES[names])
     assert state_of(model) == before
@@ -192,11 +191,10 @@ def test_the_context_keeps_nothing_of_a_pass_alive(model, batch, mask):
 
 
 @both
-@pytest.mark.parametrize("checkpointing", [False, True])
+@checkpointed
 def test_a_copy_of_a_captured_model_runs_alone(model, batch, mask, names, checkpointing):
     """EMA and SWA copy a model in this way."""
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    checkpoint(model, checkpointing)
     clean = text_model("qwen3", seed=1, attention_bias=True)
     with CAPTURES[names](model, names) as capture, DecoderInputs(model):
         capture.pool(mask)
@@ -212,7 +210,7 @@ def test_a_copy_of_a_captured_model_runs_alone(model, batch, mask, names, checkp
     assert torch.equal(ours, theirs)
 
 
-def test_a_model_whose_heads_do_not_add_up_to_the_projection_is_refused_in_its_first_pass(model, batch, mask) -> None:
+def test_a_model_whose_heads_do_not_add_up_to_the_projection_is_refused_in_its_first_pass(model, batch, mask):
     projection: nn.Linear = decoder_layers(model)[1].self_attn.o_proj
     linear = projection.forward
     projection.forward = lambda hidden: linear(hidden).relu()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from tests.head_reference import weighted_sum
 from tests.tiny_models import BARE, HEADS, TEXT_CONFIGS, VLMS, text_batch, text_model, vlm, vlm_batch
 from torch import nn
 
@@ -104,8 +105,7 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
         z = capture.representations()
     if not z.requires_grad:
         return set()
-    direction = torch.linspace(-1, 1, z.numel()).view_as(z)
-    gradients = torch.autograd.grad((z * direction).sum(), list(trainable.values()), allow_unused=True)
+    gradients = torch.autograd.grad(weighted_sum(z), list(trainable.values()), allow_unused=True)
     # A gradient below 1e-6 is rounding: the bias of the projection is added and subtracted again.
     return {n for n, g in zip(trainable, gradients, strict=True) if g is not None and g.abs().max() > 1e-6}
 

@@ -22,7 +22,7 @@ both = pytest.mark.parametrize("targets", [HEADS, LAYERS], ids=["head", "layer"]
     ],
     ids=["head", "layer"],
 )
-def test_names_keep_their_order(targets: Targets, written: list) -> None:
+def test_names_keep_their_order(targets, written):
     for value in written:
         assert Targets.parse(value, targets.granularity) == targets
     assert str(targets) == written[0]
@@ -35,7 +35,7 @@ def test_names_keep_their_order(targets: Targets, written: list) -> None:
         ("layer", ("14", "L3H4", "middle", "L-1", "L")),
     ],
 )
-def test_another_syntax_is_refused_with_an_example(granularity: str, names: tuple[str, ...]) -> None:
+def test_another_syntax_is_refused_with_an_example(granularity, names):
     example = {"head": "L13H12,L7H6", "layer": "L14,L15"}[granularity]
     for name in names:
         message = f"^hera_{granularity}s: '{name[:40]}' is not a {granularity}; write {granularity}s .* {example}"
@@ -44,7 +44,7 @@ def test_another_syntax_is_refused_with_an_example(granularity: str, names: tupl
 
 
 @both
-def test_empty_and_repeated_names_are_refused(targets: Targets) -> None:
+def test_empty_and_repeated_names_are_refused(targets):
     first, second, third = targets.names
     message = f"^{targets.key}: no {targets.granularity} is given; write {targets.plural}"
     for text in ("", "  ", ",", " , \n"):
@@ -56,13 +56,13 @@ def test_empty_and_repeated_names_are_refused(targets: Targets) -> None:
 
 
 @both
-def test_targets_of_the_other_kind_are_refused(targets: Targets) -> None:
+def test_targets_of_the_other_kind_are_refused(targets):
     other = "layer" if targets == HEADS else "head"
     with pytest.raises(ValueError, match=f"^hera_{other}s: {targets} is not a {other}; write {other}s as"):
         Targets.parse(targets, other)
 
 
-def test_errors_name_the_key_of_the_caller() -> None:
+def test_errors_name_the_key_of_the_caller():
     for call in (Targets.parse, Target.parse):
         with pytest.raises(ValueError, match=r"^--heads: "):
             call("nonsense", key="--heads")
@@ -80,7 +80,7 @@ def layout(n_layers: int, n_heads: int) -> HeadLayout:
         (LAYERS, 14, 1, "L14 does not exist: .* layers L0 to L13. Choose other layers"),
     ],
 )
-def test_targets_outside_a_model_are_refused(targets: Targets, n_layers: int, n_heads: int, outside: str) -> None:
+def test_targets_outside_a_model_are_refused(targets, n_layers, n_heads, outside):
     targets.check(layout(15, 32))
     with pytest.raises(ValueError, match=f"^{targets.key}: {outside}"):
         targets.check(layout(n_layers, n_heads))
@@ -90,7 +90,7 @@ def test_targets_outside_a_model_are_refused(targets: Targets, n_layers: int, n_
 
 
 @both
-def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
+def test_round_trip_through_a_file(tmp_path, targets):
     chosen = Targets(targets.items, {"model": "Modell Ä", "scores": [[0.1, None]], "k": 10})
     path = tmp_path / file_name(targets.granularity)
     chosen.save(path)
@@ -102,9 +102,7 @@ def test_round_trip_through_a_file(tmp_path: Path, targets: Targets) -> None:
 
 
 @both
-def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, targets: Targets
-) -> None:
+def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(tmp_path, monkeypatch, targets):
     monkeypatch.chdir(tmp_path)
     for name in ("mine.json", "those_of_mine"):
         targets.save(name)
@@ -128,7 +126,7 @@ def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(
         ("layer", b'{"heads": ["L0H1"]}', 'has no list "layers"'),
     ],
 )
-def test_a_file_with_other_content_is_refused(tmp_path: Path, granularity: str, content: bytes, message: str) -> None:
+def test_a_file_with_other_content_is_refused(tmp_path, granularity, content, message):
     path = tmp_path / "file.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^hera_{granularity}s: .*{message}"):

@@ -94,7 +94,7 @@ def test_the_average_covers_only_the_marked_tokens(elsewhere):
     torch.testing.assert_close(pool_tokens(double, mask[:1]), naive_mean(double, mask[:1]), rtol=1e-14, atol=1e-15)
 
 
-def test_autocast_does_not_round_the_average_of_an_fp32_residual_stream() -> None:
+def test_autocast_does_not_round_the_average_of_an_fp32_residual_stream():
     hidden, mask = torch.randn(2, 7, 16), torch.ones(2, 7, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
         pooled = pool_tokens(hidden, mask)
@@ -124,7 +124,7 @@ def sequence(*parts: object) -> list[int]:
     return [token for part in parts for token in ([MARK] * PER_IMAGE if part == "image" else [part])]
 
 
-def test_positions_are_those_of_the_image_that_the_teacher_sees() -> None:
+def test_positions_are_those_of_the_image_that_the_teacher_sees():
     texts = [(1, "image", 2, 3), ("image", 4, "image", 5), (1, 2, "image", "image"), (1, 2, 3)]
     rows = [sequence(*parts) for parts in texts]
     images = [(0, 1), (1, 2), (0, 2), (0, 0)]
@@ -140,20 +140,20 @@ def test_positions_are_those_of_the_image_that_the_teacher_sees() -> None:
     assert found.max() < width  # a sample without an image gets arbitrary positions
 
 
-def test_the_dummy_image_of_the_host_is_not_counted() -> None:
+def test_the_dummy_image_of_the_host_is_not_counted():
     ids = torch.tensor([sequence(1, 2, "image")])
     attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
     check_image_tokens(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
 
 
-def test_image_tokens_that_were_cut_off_are_refused() -> None:
+def test_image_tokens_that_were_cut_off_are_refused():
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
     with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 7 image tokens instead of 8"):
         check_image_tokens(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
 
 
 @pytest.mark.parametrize("name", ["llava-llama", *(name for name in VLMS if not name.startswith("llava-"))])
-def test_models_without_a_fixed_square_grid_are_refused(name: str) -> None:
+def test_models_without_a_fixed_square_grid_are_refused(name):
     config = vlm(name).config
     if config.model_type == "llava":
         assert grid_side(config, "viral") ** 2 == PER_IMAGE

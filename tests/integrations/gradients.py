@@ -1,7 +1,9 @@
 """Helpers for tests that compare gradients in a Trainer."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -51,3 +53,27 @@ def expected_term(trainer: Any, together: bool) -> tuple[dict[str, Tensor], floa
     model.zero_grad()
     aligner.close()
     return found, mean.item()
+
+
+def check_term(make: Callable[[float], Any], together: bool, tolerance: float) -> dict[str, float]:
+    """Checks that the term with weight 0.5 adds its gradient and its value, and nothing else.
+
+    Args:
+        make: Makes a Trainer of one step with the given weight of the term.
+        together: True if the term compares the samples of all micro-batches.
+        tolerance: Largest difference, relative to the largest gradient.
+
+    Returns:
+        The log line of the step.
+    """
+    trainer = make(0.5)
+    expected, term = expected_term(trainer, together)
+    (with_term, logged), (without, _) = run(trainer), run(make(0.0))
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    largest = max(gradient.abs().max().item() for gradient in with_term.values())
+    for name, gradient in expected.items():
+        difference = with_term[name] - without[name]
+        torch.testing.assert_close(difference, 0.5 * gradient, rtol=0, atol=tolerance * largest)
+    assert logged["hera_loss"] == pytest.approx(term, abs=1e-4)
+    assert logged["loss"] == pytest.approx(logged["lm_loss"] + 0.5 * term, abs=1e-3)
+    return logged

@@ -21,14 +21,14 @@ def _parse(**values: Any) -> Any:
     return parsed
 
 
-def test_stage_hera_runs_as_sft_and_is_saved_as_hera() -> None:
+def test_stage_hera_runs_as_sft_and_is_saved_as_hera():
     arguments = _parse()
     assert (arguments.stage, arguments.own_stage) == ("sft", "hera")
     assert arguments.to_dict()["stage"] == "hera"
     assert arguments.to_dict()["hera_heads"] == "L0H1"
 
 
-def test_other_stages_drop_the_keys_with_a_warning() -> None:
+def test_other_stages_drop_the_keys_with_a_warning():
     with pytest.warns(match="stage: dpo ignores hera_heads, hera_k; write stage: hera"):
         (arguments,) = HfArgumentParser([FinetuningArguments]).parse_dict(
             {"stage": "dpo", "hera_k": 0, "hera_heads": "L0H1"}
@@ -37,7 +37,7 @@ def test_other_stages_drop_the_keys_with_a_warning() -> None:
     assert not [key for key in arguments.to_dict() if key.startswith("hera_")]
 
 
-def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults() -> None:
+def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults():
     assert FinetuningArguments in _TRAIN_ARGS
     _, *stages, host, _ = FinetuningArguments.__mro__[:5]
     for stage, config in zip(stages, (HeraConfig, HarcConfig), strict=False):
@@ -51,21 +51,21 @@ def test_the_host_parses_a_subclass_with_every_key_and_the_hosts_defaults() -> N
     assert all(extended[name].default == original[name].default for name in original)
 
 
-def test_values_have_their_types_and_are_checked() -> None:
+def test_values_have_their_types_and_are_checked():
     arguments = _parse(hera_weight="1e-2", hera_memory=32.0, hera_heads=["L0H1", "L1H2"])
     assert (arguments.hera_weight, arguments.hera_memory, arguments.hera_heads) == (0.01, 32, "L0H1,L1H2")
     with pytest.raises(ValueError, match=r"^hera_layers: L1 "):
         _parse(hera_layers="L1")
 
 
-def test_arguments_can_be_pickled_for_other_processes() -> None:
+def test_arguments_can_be_pickled_for_other_processes():
     assert FinetuningArguments.__qualname__ == "FinetuningArguments"
     copy = pickle.loads(pickle.dumps(_parse(hera_k=4)))
     assert type(copy) is FinetuningArguments
     assert (copy.hera_k, copy.own_stage) == (4, "hera")
 
 
-def test_plugin_import_loads_nothing_heavy() -> None:
+def test_plugin_import_loads_nothing_heavy():
     code = (
         "import sys, llamafactory_hera, hera_patches, llamafactory_hera.cli; "
         "print([m for m in ('torch', 'transformers', 'llamafactory') if m in sys.modules])"

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,7 +87,7 @@ def run(train: FileRuns, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_the_command_trains_with_hera(run: Run) -> None:
+def test_the_command_trains_with_hera(run):
     second = run.logs()[1]  # the first line's hera_loss leaves out the micro-batch before which the memory was empty
     assert second["hera_loss"] > 0
     assert second["loss"] == pytest.approx(second["lm_loss"] + 0.01 * second["hera_loss"], abs=1e-4)
@@ -99,17 +98,17 @@ def test_the_command_trains_with_hera(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_auto_selects_on_the_rows_of_the_run(train: FileRuns, tmp_path: Path) -> None:
+def test_auto_selects_on_the_rows_of_the_run(train, tmp_path):
     auto = {"hera_heads": "auto", "hera_select_m": 2, "hera_select_k": 5, "hera_select_samples": 48}
     check_selected(train(tmp_path, **auto, max_steps=1), 2, 48)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run: Run, train: FileRuns, tmp_path: Path) -> None:
+def test_a_resumed_run_logs_the_values_of_an_uninterrupted_one(run, train, tmp_path):
     train.check_resumed(run, tmp_path, tolerance=1e-4)
 
 
-def test_keys_that_hera_needs_are_set(keys: dict[str, Any]) -> None:
+def test_keys_that_hera_needs_are_set(keys):
     cfg = load_cfg(DictDefault(keys | {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}))
     assert (cfg.remove_unused_columns, cfg.skip_prepare_dataset, cfg.lora_o_kernel) == (False, True, False)
     assert (cfg.hera_heads, cfg.hera_weight) == ("L1H0,L1H3,L2H5,L3H2,L3H7", 0.01)
@@ -130,7 +129,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("key", REFUSED | WORDS)
-def test_bad_settings_are_refused_before_anything_is_loaded(keys: dict[str, Any], key: str) -> None:
+def test_bad_settings_are_refused_before_anything_is_loaded(keys, key):
     value = REFUSED.get(key)
     value, words = WORDS.get(key, (value, f"{key}: {value} does not work with HeRA"))
     with pytest.raises(ValueError, match=words):
@@ -138,14 +137,14 @@ def test_bad_settings_are_refused_before_anything_is_loaded(keys: dict[str, Any]
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
-def test_another_plugins_trainer_is_refused_before_the_model_is_loaded(keys: dict[str, Any], order: int) -> None:
+def test_another_plugins_trainer_is_refused_before_the_model_is_loaded(keys, order):
     plugins = ["axolotl.integrations.kd.KDPlugin", PLUGIN][::order]
     cfg = load_cfg(DictDefault(keys | {"plugins": plugins, "kd_trainer": True}))
     with pytest.raises(ValueError, match=r"plugins: axolotl.*KDPlugin supplies a trainer, too, .* remove axolotl"):
         PluginManager.get_instance().pre_model_load(cfg)
 
 
-def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys: dict[str, Any]) -> None:
+def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys):
     processor = AutoProcessor.from_pretrained(keys["base_model"])
     collators = [
         MultiModalChatDataCollator(processor.tokenizer, ProcessingStrategy(processor, role_boundaries_override=marks))
@@ -168,11 +167,11 @@ def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys: dict[
         ({"messages": [{"role": "user", "content": "no image"}]}, []),
     ],
 )
-def test_the_teacher_sees_the_images_that_axolotl_shows_the_model(row: dict[str, Any], images: list[str]) -> None:
+def test_the_teacher_sees_the_images_that_axolotl_shows_the_model(row, images):
     assert _images_of(("chat",), row) == images
 
 
-def test_the_configuration_in_the_docs_has_only_known_keys() -> None:
+def test_the_configuration_in_the_docs_has_only_known_keys():
     page = (ROOT / "docs/axolotl.md").read_text()
     cfg = DictDefault(yaml.safe_load(re.search(r"```yaml\n(base_model.*?)```", page, re.DOTALL)[1]))
     PluginManager.get_instance().register(PLUGIN)

@@ -141,7 +141,7 @@ def swift_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> A
 @pytest.mark.parametrize(
     "make", [transformers_trainer, trl_trainer, swift_trainer], ids=["transformers", "TRL", "ms-swift"]
 )
-def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory: Host, make: Any, tmp_path: Path) -> None:
+def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory, make, tmp_path):
     expected, observed = llamafactory.observed, Observed()
     model = AutoModelForImageTextToText.from_pretrained(llamafactory.model, dtype=torch.float32)
     for name, parameter in model.named_parameters():

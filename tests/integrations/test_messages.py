@@ -38,7 +38,7 @@ def handlers_of_the_program() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("of_root", [0, 1], ids=["no handler", "a handler of the program"])
-def test_messages_are_printed_once(of_root: int, capsys: pytest.CaptureFixture) -> None:
+def test_messages_are_printed_once(of_root, capsys):
     logging.getLogger().handlers[:] = [logging.StreamHandler(sys.stdout)] * of_root
     for _ in range(2):
         show_messages()
@@ -48,9 +48,7 @@ def test_messages_are_printed_once(of_root: int, capsys: pytest.CaptureFixture) 
     assert (printed.count("an info"), printed.count("a detail")) == (1, 0)
 
 
-def test_only_the_first_process_prints_messages_and_every_one_prints_warnings(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_only_the_first_process_prints_messages_and_every_one_prints_warnings(monkeypatch, capsys):
     logging.getLogger().handlers.clear()
     show_messages()
     monkeypatch.setattr(messages, "rank", lambda: 1)
@@ -60,7 +58,7 @@ def test_only_the_first_process_prints_messages_and_every_one_prints_warnings(
     assert "a warning" in printed
 
 
-def test_the_users_log_level_is_kept(capsys: pytest.CaptureFixture) -> None:
+def test_the_users_log_level_is_kept(capsys):
     logging.getLogger().handlers.clear()
     OURS.setLevel(logging.ERROR)
     show_messages()
@@ -95,14 +93,7 @@ UNFILLED = (
         ("mknn", [0.2], {"memory": 3}, FEW),
     ],
 )
-def test_the_end_of_a_run_says_whether_anything_changed(
-    key: str,
-    values: list[float],
-    keys: dict,
-    expected: str,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_end_of_a_run_says_whether_anything_changed(key, values, keys, expected, caplog, monkeypatch):
     caplog.set_level(logging.INFO)
     memory = CrossBatchMemory(keys.get("memory", 0))
     memory.append(torch.ones(1, 3, 2), torch.ones(3, 2), torch.ones(3, dtype=torch.bool))
@@ -120,7 +111,7 @@ def test_the_end_of_a_run_says_whether_anything_changed(
     assert caplog.messages == [f"HeRA | {names[key] * (len(values) > 1)}{expected}"]
 
 
-def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
+def test_errors_of_the_core_name_the_keys_of_the_host():
     keys = "freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all."
     for message, in_host_words in {
         "model: m is quantized": "^model_name_or_path: m is quantized$",
@@ -135,7 +126,7 @@ def test_errors_of_the_core_name_the_keys_of_the_host() -> None:
         b"\xff".decode()
 
 
-def test_log_messages_name_the_keys_of_the_host(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_messages_name_the_keys_of_the_host(caplog):
     caplog.set_level(logging.INFO)
     with translated(in_python):
         OURS.info("hera_k: %d needs %s", 10, "a larger hera_memory")
@@ -143,14 +134,14 @@ def test_log_messages_name_the_keys_of_the_host(caplog: pytest.LogCaptureFixture
     assert caplog.messages == ["k=10 needs a larger memory", "hera_k: 10 again"]
 
 
-def test_a_run_without_steps_left_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_without_steps_left_says_so(caplog):
     caplog.set_level(logging.INFO)
     log_setup(None, None, None, SimpleNamespace(max_steps=4, global_step=4))
     (line,) = caplog.messages
     assert "has all 4 steps of the run, so nothing is trained" in line
 
 
-def test_every_hint_belongs_to_a_message() -> None:
+def test_every_hint_belongs_to_a_message():
     package = Path(recipe.__file__).parents[2]
     sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path != Path(recipe.__file__)]
     assert [part for part in recipe._HINTS if not any(part in source for source in sources)] == []

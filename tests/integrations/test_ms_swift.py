@@ -116,7 +116,7 @@ def run(train: FileRuns, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_the_command_trains_with_hera(run: Run) -> None:
+def test_the_command_trains_with_hera(run):
     assert "hera_loss" not in run.logs()[0]  # the memory fills
     line = run.logs()[2]
     assert line["hera_loss"] > 0
@@ -127,9 +127,7 @@ def test_the_command_trains_with_hera(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_auto_selects_on_the_rows_of_a_lora_run_which_resumes(
-    keys: dict[str, Any], train: FileRuns, tmp_path: Path
-) -> None:
+def test_auto_selects_on_the_rows_of_a_lora_run_which_resumes(keys, train, tmp_path):
     env = {"HERA_HEADS": "auto", "HERA_SELECT_M": 2, "HERA_SELECT_K": 5, "HERA_SELECT_SAMPLES": 20}
     env |= {"HERA_ACCUMULATE": "gradcache", "HERA_TEACHER_CACHE": str(tmp_path / "cache")}
     changes = {"ENV": keys["ENV"] | env, "tuner_type": "lora", "dataloader_num_workers": 1}
@@ -159,21 +157,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_settings_are_refused_before_the_model_is_loaded(keys: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_bad_settings_are_refused_before_the_model_is_loaded(keys, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name}: .* does not work with HeRA"):
         _arguments(keys, tmp_path, **REFUSED[name])
 
 
-def test_a_mistyped_variable_stops_the_command_with_a_hint(
-    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistyped_variable_stops_the_command_with_a_hint(keys, tmp_path, monkeypatch):
     _arguments(keys, tmp_path)
     monkeypatch.setenv("HERA_WEIHGT", "0.1")
     with pytest.raises(ValueError, match=r"hera_weihgt: no such key; did you mean hera_weight\?"):
         _arguments(keys, tmp_path)
 
 
-def test_variables_take_precedence_over_the_file(tmp_path: Path) -> None:
+def test_variables_take_precedence_over_the_file(tmp_path):
     file = tmp_path / "hera.yaml"
     file.write_text("hera_heads: [L1H0, L1H3]\nhera_weight: 0.5\nhera_k: 7\n")
     hera = ms_swift.read_keys({"HERA_CONFIG": str(file), "HERA_WEIGHT": "0.1", "HERA_DISABLE": "0", "PATH": "/bin"})
@@ -182,7 +178,7 @@ def test_variables_take_precedence_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "weight: 0.1", "- hera_weight", "{"])
-def test_a_file_that_is_missing_or_has_other_keys_is_refused(tmp_path: Path, text: str | None) -> None:
+def test_a_file_that_is_missing_or_has_other_keys_is_refused(tmp_path, text):
     if text is not None:
         (tmp_path / "hera.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"HERA_CONFIG: .*hera.yaml (cannot be read|must contain only)"):
@@ -203,9 +199,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_teacher_sees_the_images_of_every_form_that_ms_swift_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+def test_the_teacher_sees_the_images_of_every_form_that_ms_swift_reads(tmp_path, monkeypatch, form):
     Image.new("RGB", (3, 3), "red").save(tmp_path / "a.png")
     monkeypatch.setenv("ROOT_IMAGE_DIR", str(tmp_path))
     data = (tmp_path / "a.png").read_bytes()
@@ -215,14 +209,14 @@ def test_the_teacher_sees_the_images_of_every_form_that_ms_swift_reads(
     assert encoded == {"length": 1, "hera_images": [data]}
 
 
-def test_the_plugins_own_path_works_and_hides_no_package() -> None:
+def test_the_plugins_own_path_works_and_hides_no_package():
     before = list(sys.path)
     import_external_file(ms_swift.__file__)
     assert sys.path == before
     assert TrainerFactory.get_trainer_cls(SimpleNamespace(task_type="causal_lm")) is ms_swift.HeraSwiftTrainer
 
 
-def test_the_configuration_in_the_docs_and_the_recipe_have_only_known_keys() -> None:
+def test_the_configuration_in_the_docs_and_the_recipe_have_only_known_keys():
     page = re.search(r"```yaml\n(model:.*?)```", (ROOT / "docs/ms_swift.md").read_text(), re.DOTALL)[1]
     for text in (page, (ROOT / "recipes/ms_swift/qwen2_5_vl_7b_hera.yaml").read_text()):
         given = yaml.safe_load(text)

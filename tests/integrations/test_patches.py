@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -15,7 +14,7 @@ import pytest
 
 from hera_patches import patches, registry, training
 from llamafactory_hera import keys
-from tests.e2e.runner import HostServer, run_command, write_recipe
+from tests.e2e.runner import run_command, write_recipe
 
 PATCHES = Path(registry.__file__).parents[1]
 
@@ -32,7 +31,7 @@ def _start(hook: Path, code: str, **variables: str) -> subprocess.CompletedProce
     return _python(f"{prefix}site.addsitedir({str(folder)!r})\n{textwrap.dedent(code)}", "-I", "-S", **variables)
 
 
-def test_the_hook_is_installed_at_startup_even_under_accelerate(tmp_path: Path) -> None:
+def test_the_hook_is_installed_at_startup_even_under_accelerate(tmp_path):
     code = "import sys; print([type(finder).__name__ for finder in sys.meta_path].count('HeraStart'))"
     for options in ((), ("-I",)):
         assert _python(code, *options).stdout.split() == ["1"]
@@ -43,7 +42,7 @@ def test_the_hook_is_installed_at_startup_even_under_accelerate(tmp_path: Path) 
     assert (code, output.splitlines()[-1]) == (0, "1"), output
 
 
-def test_startup_imports_nothing_and_finding_the_host_imports_the_hook() -> None:
+def test_startup_imports_nothing_and_finding_the_host_imports_the_hook():
     code = """
         print(*set(sys.modules) - before)
         from importlib.util import find_spec
@@ -59,7 +58,7 @@ def test_startup_imports_nothing_and_finding_the_host_imports_the_hook() -> None
 
 
 @pytest.mark.slow
-def test_a_failed_start_prints_one_line_and_python_continues(tmp_path: Path) -> None:
+def test_a_failed_start_prints_one_line_and_python_continues(tmp_path):
     shutil.copy(PATCHES / "llamafactory_hera_patches.pth", tmp_path)
     (tmp_path / "hera_patches.py").write_text("raise ValueError('two\\nlines')")
     (tmp_path / "llamafactory.py").write_text("")
@@ -70,7 +69,7 @@ def test_a_failed_start_prints_one_line_and_python_continues(tmp_path: Path) -> 
     assert "ValueError" in line
 
 
-def test_spawned_children_are_patched() -> None:
+def test_spawned_children_are_patched():
     code = """
         import multiprocessing
         if __name__ == "__main__":
@@ -83,7 +82,7 @@ def test_spawned_children_are_patched() -> None:
 
 
 @pytest.mark.slow
-def test_every_patch_fits_the_real_host_and_keeps_its_source_and_signatures_readable() -> None:
+def test_every_patch_fits_the_real_host_and_keeps_its_source_and_signatures_readable():
     for host in patches():
         importlib.import_module(host)
     assert dict.fromkeys(patch.name for patch in patches().values()) == registry.MISFITS
@@ -110,8 +109,8 @@ def _uses_nothing(model_args, data_args, training_args, finetuning_args, generat
     ],
 )
 def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(
-    host: str, content: dict, reason: str, lost: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    host, content, reason, lost, monkeypatch, capsys
+):
     monkeypatch.setattr(registry, "MISFITS", {})
     patch = patches()[host]
     module = ModuleType(host)
@@ -147,9 +146,7 @@ def _read_tokenized(model_args, data_args, training_args, *rest):
     ("route", "what"),
     [(_read, "was about to train"), (_read_tokenized, "was about to train"), (lambda *arguments: None, "has trained")],
 )
-def test_a_hera_run_stops_if_it_takes_another_workflow(
-    route: Callable[..., None], what: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_hera_run_stops_if_it_takes_another_workflow(route, what, monkeypatch, tmp_path):
     from llamafactory.train import tuner as host
 
     monkeypatch.setattr(host, "is_hyper_parallel_available", lambda: True)
@@ -167,7 +164,7 @@ def test_a_hera_run_stops_if_it_takes_another_workflow(
     ("call", "refusal"),
     [(lambda: keys.typed("hera_k", "ten", int), True), (lambda: keys._converted("ten", int), False)],
 )
-def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], object], refusal: bool) -> None:
+def test_only_an_error_that_the_plugin_raises_is_a_refusal(call, refusal):
     with pytest.raises(ValueError) as caught:
         call()
     assert training._is_refusal(caught.value) == refusal
@@ -183,9 +180,7 @@ def test_only_an_error_that_the_plugin_raises_is_a_refusal(call: Callable[[], ob
     ],
     ids=["an unknown key", "HERA_DEBUG", "another stage"],
 )
-def test_a_refused_run_ends_with_one_line(
-    change: dict, debug: str, last: str, tmp_path: Path, server: HostServer
-) -> None:
+def test_a_refused_run_ends_with_one_line(change, debug, last, tmp_path, server):
     run = {"stage": "hera", "do_train": True, "hera_heads": "L0H1", "model_name_or_path": "none", "template": "llava"}
     run |= {"dataset": "none", "output_dir": str(tmp_path / "run"), "report_to": "none", "use_cpu": True}
     recipe = write_recipe(tmp_path / "recipe.yaml", run | change)

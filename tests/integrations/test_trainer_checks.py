@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from accelerate import DeepSpeedPlugin
 from datasets import Dataset
 from torch import nn
@@ -19,7 +18,7 @@ from llamafactory_hera.training.checks import check_settings
 from tests.integrations.test_trainer_selection import Stream
 from tests.integrations.test_transformers import BATCH, hera, trainer_of
 from tests.ranks import holder
-from tests.tiny_models import IMAGE, collate_rows, image_rows, vlm
+from tests.tiny_models import IMAGE, collate_rows, image_rows, same, snapshot, vlm
 
 
 def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given: Any) -> HeraTrainer:
@@ -27,21 +26,14 @@ def make(folder: Path, rows: list[dict], model: nn.Module | None = None, **given
     return trainer_of(folder, model, rows, given=given, **values)
 
 
-def rows_without(*columns: str) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in columns} for row in image_rows(vlm("llava-llama"), 2 * BATCH)]
+ROWS = image_rows(vlm("llava-llama"), 2 * BATCH)
+NO_IMAGES = [{name: value for name, value in row.items() if name != "images"} for row in ROWS]
+RAW = [{"messages": [], "images": row["images"]} for row in ROWS]
+PHOTOS = {"rows": [{**row, "photo": row["images"]} for row in ROWS], "images_of": lambda row: row["photo"]}
 
 
-def raw() -> list[dict]:
-    return [{"messages": [], "images": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)]
-
-
-def photos() -> dict[str, Any]:
-    rows = [{**row, "photo": row["images"]} for row in image_rows(vlm("llava-llama"), BATCH)]
-    return {"rows": rows, "images_of": lambda row: row["photo"]}
-
-
-def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_path: Path) -> None:
-    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_path):
+    trainer = make(tmp_path, ROWS[:BATCH])
     with holder(tmp_path), pytest.raises(ValueError, match=r"^output_dir: .* is in use by another"):
         trainer.train()
     trainer.train()
@@ -50,22 +42,17 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rows": rows_without("images")}, r"^images_of: no image was found in the 8 rows .* \(input_ids,"),
+        ({"rows": NO_IMAGES}, r"^images_of: no image was found in the 8 rows .* \(input_ids,"),
         ({"images_of": lambda row: row["images"][0]}, r"^images_of returned Image; return a list of images"),
-        ({"rows": raw()}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
-        (photos(), "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
-        (
-            {"arguments": {"per_device_train_batch_size": 1}},
-            "^per_device_train_batch_size: 1 gives a global batch of 1",
-        ),
+        ({"rows": RAW}, "^remove_unused_columns: True drops the columns messages, images .* set it to False"),
+        (PHOTOS, "^remove_unused_columns: True drops the columns images, photo .* the images in them; set it to"),
+        ({"arguments": {"per_device_train_batch_size": 1}}, "^per_device_train_batch_size: 1 gives a global batch"),
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^heads: auto selects on the training data"),
     ],
 )
-def test_the_constructor_refuses(tmp_path: Path, given: dict, message: str) -> None:
-    given = dict(given)
-    rows = given.pop("rows", None) or image_rows(vlm("llava-llama"), 2 * BATCH)
+def test_the_constructor_refuses(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
-        make(tmp_path, rows, **given)
+        make(tmp_path, **{"rows": ROWS, **given})
 
 
 def _deepspeed(keys: dict[str, Any]) -> DeepSpeedPlugin:
@@ -75,7 +62,7 @@ def _deepspeed(keys: dict[str, Any]) -> DeepSpeedPlugin:
 
 
 @pytest.mark.parametrize("kind", [list, Dataset.from_list])
-def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
+def test_one_image_among_many_rows_is_enough(kind):
     rows = [{"images": [], "text": "a"} for _ in range(2 * N_SEARCHED)]
     rows[-1] = {"images": ["a.png"], "text": "a"}
     trainer = SimpleNamespace(train_dataset=kind(rows), args=SimpleNamespace(remove_unused_columns=False))
@@ -101,10 +88,8 @@ def test_one_image_among_many_rows_is_enough(kind: Any) -> None:
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_settings_that_need_several_devices_are_refused(
-    tmp_path: Path, name: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, message, monkeypatch):
+    trainer = make(tmp_path, ROWS[:BATCH])
     model, state = trainer.model, trainer.accelerator.state
     owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
     monkeypatch.setattr(
@@ -115,10 +100,10 @@ def test_settings_that_need_several_devices_are_refused(
         check_settings(hera(), trainer)
 
 
-def test_a_process_that_imported_unsloth_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_imported_unsloth_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
     with pytest.raises(ValueError, match=r"^unsloth: importing it replaces the attention .* do not import unsloth"):
-        make(tmp_path, image_rows(vlm("llava-llama"), BATCH))
+        make(tmp_path, ROWS[:BATCH])
 
 
 # -- the first batch -------------------------------------------------------------------------------------------------
@@ -148,13 +133,13 @@ def labels_on_all_text(rows: list[dict]) -> dict[str, Any]:
         (labels_on_all_text, "^pooling='answer' .* all text is labeled.*or set pooling='text'"),
     ],
 )
-def test_the_first_batch_is_checked_before_a_step(tmp_path: Path, collate: Any, message: str) -> None:
+def test_the_first_batch_is_checked_before_a_step(tmp_path, collate, message):
     model = vlm("llava-llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate)
     with pytest.raises(ValueError, match=message):
         trainer.train()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
 
 def captions_only(rows: list[dict]) -> dict[str, Any]:
@@ -164,7 +149,7 @@ def captions_only(rows: list[dict]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("collate", "pooling"), [(labels_on_all_text, "text"), (captions_only, "answer")])
-def test_labels_on_all_text_train_if_there_is_no_prompt(tmp_path: Path, collate: Any, pooling: str) -> None:
+def test_labels_on_all_text_train_if_there_is_no_prompt(tmp_path, collate, pooling):
     model = vlm("llava-llama")
     trainer = make(tmp_path, image_rows(model, BATCH), model, data_collator=collate, hera={"pooling": pooling})
     trainer.train()

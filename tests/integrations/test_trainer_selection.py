@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainer
 from tests.integrations.test_transformers import arguments, hera, lines
-from tests.tiny_models import collate_rows, image_rows, vlm
+from tests.tiny_models import collate_rows, image_rows, same, snapshot, vlm
 
 SELECT = {"heads": "auto", "select_k": 4, "select_samples": 24, "select_m": 2, "select_batch_size": 8}
 
@@ -39,15 +39,15 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["llm", "mllm"])
-def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: Path, mode: str) -> None:
+def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path, mode):
     model = vlm("llava-llama")
     model.model.vision_tower.eval()  # a part of the model that the run does not train
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = snapshot(model)
     modes = [module.training for module in model.modules()]
     trainer = selecting(tmp_path / "auto", model, select_mode=mode)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert same(model.state_dict(), before)
 
     found = written(tmp_path / "auto")
     assert found["heads"] == list(trainer.aligner.targets.names)
@@ -63,9 +63,7 @@ def test_heads_are_selected_before_training_and_nothing_else_changes(tmp_path: P
     assert lines(trainer) == lines(named)
 
 
-def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(tmp_path, caplog):
     first = selecting(tmp_path / "run")
     caplog.clear()
     again = selecting(tmp_path / "run")
@@ -102,7 +100,7 @@ class Stream(IterableDataset):
         return len(self.rows)
 
 
-def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path: Path) -> None:
+def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path):
     model = vlm("llava-llama")
     rows = Stream(image_rows(model, 24))
     trainer = HeraTrainer(
@@ -112,7 +110,7 @@ def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path: Path) -> None
     assert lines(trainer)[0]["hera_loss"] > 0
 
 
-def test_a_file_of_heads_draws_no_random_numbers(tmp_path: Path) -> None:
+def test_a_file_of_heads_draws_no_random_numbers(tmp_path):
     def collate(rows: list[dict]) -> dict[str, Any]:
         np.random.rand(), random.random(), torch.rand(1)  # as a collator that crops or masks at random
         return collate_rows(rows)
@@ -135,19 +133,19 @@ def flatten(rows: list[dict], mask: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mask, words", [(True, "its attention_mask has the shape"), (False, "it makes 1 rows of 8")])
-def test_a_collator_that_joins_samples_is_refused_before_training(tmp_path: Path, mask: bool, words: str) -> None:
+def test_a_collator_that_joins_samples_is_refused_before_training(tmp_path, mask, words):
     model = vlm("llava-llama")
     options = {"train_dataset": image_rows(model, 24), "data_collator": partial(flatten, mask=mask)}
     with pytest.raises(ValueError, match=f"^data_collator: {words}"):
         HeraTrainer(model, arguments(tmp_path), hera=config(select_mode="mllm"), **options)
 
 
-def test_a_dataset_of_llama_factory_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_of_llama_factory_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^select_dataset: grand_captions works in LLaMA-Factory only"):
         selecting(tmp_path, select_dataset="grand_captions")
 
 
-def test_layers_are_selected_too(tmp_path: Path) -> None:
+def test_layers_are_selected_too(tmp_path):
     trainer = selecting(tmp_path, heads=None, granularity="layer", layers="auto", select_m=1)
     assert trainer.aligner.targets.granularity == "layer"
     assert (tmp_path / "hera/layers.json").is_file()

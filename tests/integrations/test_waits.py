@@ -64,13 +64,13 @@ def waits_of(folder: Path, mode: str, **keys: Any) -> Waits:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_hera_never_waits(tmp_path: Path, mode: str) -> None:
+def test_hera_never_waits(tmp_path, mode):
     waits = waits_of(tmp_path, mode)
     assert waits.host  # the counter sees the waits of the Trainer itself
     assert not waits.ours
 
 
-def test_hera_waits_only_to_fill_the_cache(tmp_path: Path) -> None:
+def test_hera_waits_only_to_fill_the_cache(tmp_path):
     filling, reading = (waits_of(tmp_path / "run", "contrastive", teacher_cache=str(tmp_path)) for _ in range(2))
     assert filling.ours
     assert all("teacher_features.py" in place for place in filling.ours)
@@ -79,7 +79,7 @@ def test_hera_waits_only_to_fill_the_cache(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "gradient caching"])
-def test_hera_never_waits_for_a_gpu(mode: str) -> None:
+def test_hera_never_waits_for_a_gpu(mode):
     model = vlm("llava-llama").cuda()
     aligner = Aligner(model, hera(**MODES[mode]), image_processor=student_processor())
     collate = aligner.collator(collate_rows, drop=("images",))

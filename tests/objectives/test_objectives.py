@@ -1,15 +1,20 @@
-"""Each objective compared with its definition, and its gradients with finite differences."""
+"""Every objective compared with its definition; the registry, and the example objectives of CONTRIBUTING.md."""
 
+import itertools
 import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from llamafactory_hera.objectives import TokenBatch, TokenObjective, create, find, names
-from tests.terms import options
-
-from .batches import D_TEACHER, OPTIONS, TARGETS, D, N, pooled
+from llamafactory_hera.config import OBJECTIVE_KEYS, HeraConfig
+from llamafactory_hera.objectives import TokenBatch, TokenObjective, base, create, find, names, register
+from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N, options, pooled
+from tests.tiny_models import snapshot
+from tests.training.test_aligner import LAYER, Run
 
 
 def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tensor:
@@ -42,14 +47,14 @@ VALID = [torch.ones(N, dtype=torch.bool), torch.tensor([True, False, True, True,
 
 
 @pytest.mark.parametrize("valid", VALID, ids=["all valid", "gaps"])
-def test_cka_matches_its_definition(valid: Tensor) -> None:
+def test_cka_matches_its_definition(valid):
     z, teacher = torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
     expected = torch.stack([1 - naive_cka(z[s][valid], teacher[valid]) for s in range(TARGETS)])
     torch.testing.assert_close(create("cka", OPTIONS)(pooled(z, teacher, valid)), expected)
 
 
 @pytest.mark.parametrize("n_valid", [0, 1, 2, 3])
-def test_cka_needs_three_samples(n_valid: int) -> None:
+def test_cka_needs_three_samples(n_valid):
     z = torch.randn(TARGETS, N, D, requires_grad=True)
     objective = create("cka", OPTIONS)
     batch = pooled(z, torch.randn(N, D_TEACHER), torch.arange(N) < n_valid)
@@ -59,13 +64,13 @@ def test_cka_needs_three_samples(n_valid: int) -> None:
     assert bool((loss > 0).all()) == bool((z.grad != 0).any()) == (n_valid == 3)
 
 
-def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
+def test_cka_of_equal_samples_has_a_finite_gradient():
     objective, one_image = create("cka", OPTIONS), torch.ones(N, D_TEACHER)
     for z, teacher in (
         (torch.randn(TARGETS, N, D), one_image),
         (torch.ones(TARGETS, N, D), torch.randn(N, D_TEACHER)),
     ):
-        batch = pooled(z.requires_grad_(), teacher)
+        batch = pooled(z.requires_grad_(), teacher, VALID[0])
         objective(batch).sum().backward()
         assert z.grad.isfinite().all()
         assert objective.gradient_expected(batch) == (teacher is not one_image)
@@ -73,7 +78,7 @@ def test_cka_of_equal_samples_has_a_finite_gradient() -> None:
 
 @pytest.mark.parametrize("projector", ["shared", "separate"])
 @pytest.mark.parametrize("kind", ["layer", "head"])
-def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projector: str, kind: str) -> None:
+def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projector, kind):
     objective = create("feature", options(TARGETS, D, D_TEACHER, projector=projector))
     tokens, teacher = torch.randn(TARGETS, 2, 4, D), torch.randn(2, 4, D_TEACHER)
     projections, z = None, tokens
@@ -91,7 +96,7 @@ def test_feature_compares_each_visual_token_with_the_patch_at_its_place(projecto
             torch.testing.assert_close(found[target, image], torch.stack(losses).mean())
 
 
-def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -> None:
+def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept():
     before = torch.get_rng_state()
     first = create("feature", OPTIONS, seed=3)
     assert torch.get_rng_state().equal(before)
@@ -103,7 +108,7 @@ def test_initial_values_depend_only_on_the_seed_and_the_random_state_is_kept() -
 
 
 @pytest.mark.parametrize("name", [name for name in names() if name != "ross"])  # ross is random: rivals/test_ross.py
-def test_gradients_match_finite_differences(name: str) -> None:
+def test_gradients_match_finite_differences(name):
     objective = create(name, options(TARGETS, D, D_TEACHER, projector="separate")).double()
     parameters = dict(objective.named_parameters())
     if issubclass(find(name), TokenObjective):
@@ -123,3 +128,79 @@ def test_gradients_match_finite_differences(name: str) -> None:
 
     values = [parameter.detach().clone().requires_grad_() for parameter in parameters.values()]
     assert torch.autograd.gradcheck(loss, (z.requires_grad_(), *values))
+
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Registers both objectives of the page for one test, and returns the name of the first."""
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        assert len(code.strip().splitlines()) <= 36
+        exec(code, {})
+    return "distances"
+
+
+@pytest.mark.parametrize(
+    "keys", [{"objective": "distances"}, LAYER | {"objective": "quarter"}], ids=["heads", "a plan"]
+)
+def test_the_examples_of_the_page_train_and_learn_their_parameters(example, keys):
+    run = Run(**keys)
+    before = snapshot(run.aligner.objective)
+    terms = [run.step() for _ in range(16)]
+    assert sum(terms[-2:]) < 0.8 * sum(terms[:2])
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in run.aligner.objective.state_dict().items())
+
+
+def test_the_key_accepts_the_name_of_the_example(example):
+    HeraConfig(heads="L0H1", objective=example)
+    with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):
+        HeraConfig(heads="L0H1", objective="nothing")
+
+
+def test_all_objectives_are_registered():
+    ours = {"contrastive", "feature", "cka", "viral", "ross", "jarvis", "gram"}
+    assert ours <= set(names())
+    on_tokens = {name for name in ours if issubclass(find(name), TokenObjective)}
+    assert on_tokens == {"feature", "viral", "ross", "jarvis", "gram"}
+    assert {name for name in ours if "hera_memory" in find(name).reads} == {"contrastive"}
+    assert all({*find(name).reads} <= {*OBJECTIVE_KEYS} for name in ours)
+
+
+def test_a_registered_name_cannot_be_used_again():
+    with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
+        register("cka")(find("feature"))
+
+
+SHOWN = torch.tensor([True, True, False])
+
+
+def gram_loss(tokens: Tensor, teacher: Tensor) -> Tensor:
+    return create("gram", options(2, 5, 3))(TokenBatch(tokens, None, teacher, SHOWN))
+
+
+def test_gram_is_the_mean_squared_difference_over_pairs_of_tokens_of_an_image():
+    tokens, teacher = torch.randn(2, 3, 4, 5), torch.randn(3, 4, 3)
+    found = gram_loss(tokens, teacher)
+    for target in range(2):
+        for image in range(3):
+            ours, theirs = tokens[target, image], teacher[image]
+            pairs = itertools.product(range(4), repeat=2)
+            errors = [(cosine(ours[i], ours[j]) - cosine(theirs[i], theirs[j])) ** 2 for i, j in pairs]
+            torch.testing.assert_close(found[target, image], sum(errors) / 16, rtol=1e-4, atol=0)
+
+
+def test_gram_is_0_for_rotated_and_scaled_patches_of_the_teacher():
+    teacher = torch.randn(3, 4, 3)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 3))
+    lengths = torch.rand(2, 3, 4, 1) + 0.5
+    assert gram_loss(lengths * (teacher @ rotation.T), teacher).abs().max() < 1e-10
+
+
+def test_rows_of_zeros_have_finite_gradients_in_gram():
+    tokens = torch.where(SHOWN.view(-1, 1, 1), torch.randn(2, 3, 4, 5), 0.0).requires_grad_()
+    gram_loss(tokens, torch.where(SHOWN.view(-1, 1, 1), torch.randn(3, 4, 3), 0.0)).sum().backward()
+    assert tokens.grad.isfinite().all()
+    assert ((tokens.grad != 0).flatten(2).any(2) == SHOWN).all()

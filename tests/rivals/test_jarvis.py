@@ -59,7 +59,7 @@ def first_step(jarvis: Any, plain: bool) -> Step:
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def test_block_sizes_follow_the_formula_and_no_block_reaches_the_last_row_or_column() -> None:
+def test_block_sizes_follow_the_formula_and_no_block_reaches_the_last_row_or_column():
     sizes, heights = set(), set()
     for seed in range(60):
         targets, context = draw_blocks(27, 3, torch.Generator().manual_seed(seed))
@@ -76,7 +76,7 @@ def test_block_sizes_follow_the_formula_and_no_block_reaches_the_last_row_or_col
 
 
 @pytest.mark.parametrize("side", [2, 3, 5, 6])
-def test_the_context_of_a_small_grid_keeps_the_last_targets(side: int) -> None:
+def test_the_context_of_a_small_grid_keeps_the_last_targets(side):
     targets, context = draw_blocks(side, 40, torch.Generator().manual_seed(0))
     least = side - 1  # the context fills all but the last row and column, so its place is not drawn
     for blocks, kept in zip(targets.tolist(), context, strict=True):
@@ -86,7 +86,7 @@ def test_the_context_of_a_small_grid_keeps_the_last_targets(side: int) -> None:
         assert set(kept.nonzero()[:, 0].tolist()) == expected
 
 
-def test_draws_can_be_repeated_and_processes_share_only_the_choice_of_plain_micro_batches() -> None:
+def test_draws_can_be_repeated_and_processes_share_only_the_choice_of_plain_micro_batches():
     jarvis = objective(llava())
     plans = [[jarvis.prepare(step(n, rank)) for n in range(200)] for rank in (0, 1)]
     plain = [[not plan.valid.any() for plan in of_rank] for of_rank in plans]
@@ -122,7 +122,7 @@ def naive_mask(row: int, attended: Tensor, targets: list[list[int]], context: Te
 
 
 @both_ways
-def test_the_mask_equals_that_of_the_authors_code(two_way: bool) -> None:
+def test_the_mask_equals_that_of_the_authors_code(two_way):
     jarvis = objective(llava(), two_way)
     now = first_step(jarvis, plain=False)
     drawn = draw_blocks(SIDE, 4, now.generator())
@@ -141,7 +141,7 @@ def test_the_mask_equals_that_of_the_authors_code(two_way: bool) -> None:
         (tf.MistralConfig(), "sdpa", "hera_objective: jarvis .* mistral has layers with a sliding window"),
     ],
 )
-def test_attention_without_a_mask_of_tokens_is_refused(config: Any, attention: str, message: str) -> None:
+def test_attention_without_a_mask_of_tokens_is_refused(config, attention, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Jarvis.check_model(config, attention)
     Jarvis.check_model(tf.Qwen3Config(), "sdpa")
@@ -150,7 +150,7 @@ def test_attention_without_a_mask_of_tokens_is_refused(config: Any, attention: s
 # -- the loss --------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_one_minus_the_mean_cosine_over_the_tokens_of_the_targets() -> None:
+def test_the_loss_is_one_minus_the_mean_cosine_over_the_tokens_of_the_targets():
     jarvis = objective(llava())
     now = first_step(jarvis, plain=False)
     plan = jarvis.prepare(now)
@@ -165,7 +165,7 @@ def test_the_loss_is_one_minus_the_mean_cosine_over_the_tokens_of_the_targets() 
         torch.testing.assert_close(loss[0, row], 1 - cosines.mean())
 
 
-def test_parameters_are_initialized_as_in_the_authors_code() -> None:
+def test_parameters_are_initialized_as_in_the_authors_code():
     jarvis = create("jarvis", options(1, 4096, 64, initializer_range=0.3))
     shapes = {name: list(p.shape) for name, p in jarvis.named_parameters()}
     assert shapes == {"z": [4096], "head.0.weight": [64, 4096], "head.2.weight": [64, 64]}
@@ -202,7 +202,7 @@ def forward(model: nn.Module, jarvis: Any, now: Step) -> tuple[Tensor, Tensor]:
 
 @both_ways
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_only_image_embeddings_in_the_context_influence_text_and_targets(attention: str, two_way: bool) -> None:
+def test_only_image_embeddings_in_the_context_influence_text_and_targets(attention, two_way):
     model = llava(attention)
     jarvis = objective(model, two_way)
     now = first_step(jarvis, plain=False)
@@ -224,7 +224,7 @@ def test_only_image_embeddings_in_the_context_influence_text_and_targets(attenti
     assert torch.equal((of_targets != 0).any(-1), before[:3])
 
 
-def test_samples_without_an_image_and_plain_micro_batches_have_the_logits_of_plain_training() -> None:
+def test_samples_without_an_image_and_plain_micro_batches_have_the_logits_of_plain_training():
     model = llava()
     attended, logits = inputs()["attention_mask"].bool(), model(**batch()).logits
     jarvis = objective(model)
@@ -234,7 +234,7 @@ def test_samples_without_an_image_and_plain_micro_batches_have_the_logits_of_pla
     assert not torch.allclose(masked[0], logits[0], atol=1e-2)
 
 
-def test_an_aligner_trains_it_and_logs_no_plain_micro_batch() -> None:
+def test_an_aligner_trains_it_and_logs_no_plain_micro_batch():
     model = projector_only(llava())
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "weight": 1.0, "teacher": teacher_folder()}
     processor = tf.SiglipImageProcessor(size={"height": 64, "width": 64})

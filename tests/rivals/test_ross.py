@@ -1,16 +1,21 @@
-"""ROSS compared with a naive denoiser and schedule in float64, and its first steps."""
+"""ROSS: its denoiser and schedule compared with naive ones in float64, its first steps, and its latents."""
 
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
 from llamafactory_hera.objectives import TokenBatch, create
-from llamafactory_hera.rivals.ross import DRAWS, STEPS, Ross, alpha_bar
+from llamafactory_hera.rivals.ross import DRAWS, STEPS, LatentTeacher, Ross, alpha_bar
 from llamafactory_hera.training.optimizer import ObjectiveOptimizer
 from tests.terms import options
+from tests.tiny_models import autoencoder, edit_json
 
 SIDE, B, D, C = 3, 3, 12, 8
 T = SIDE * SIDE
@@ -48,7 +53,7 @@ def naive_alpha_bar(t: int) -> float:
 
 
 @pytest.mark.parametrize("t", [0, 1, 500, 998, 999])
-def test_the_schedule_is_the_cosine_schedule_with_bounded_steps(t: int, small: Small) -> None:
+def test_the_schedule_is_the_cosine_schedule_with_bounded_steps(t, small):
     expected = naive_alpha_bar(t)
     assert alpha_bar()[t].item() == pytest.approx(expected, rel=1e-9)
     assert small.levels[:, t].tolist() == pytest.approx([math.sqrt(expected), math.sqrt(1 - expected)], rel=1e-6)
@@ -93,7 +98,7 @@ def naive_denoiser(ross: Small, noisy: Tensor, t: int, z: Tensor) -> Tensor:
     return linear(net.last, norm(x, 1e-6) * (1 + scale) + shift)
 
 
-def test_the_loss_is_the_squared_error_of_the_predicted_noise(small: Small) -> None:
+def test_the_loss_is_the_squared_error_of_the_predicted_noise(small):
     z, latents, times, noise = draws()
     errors = torch.zeros(DRAWS, B).double()
     for n in range(DRAWS):
@@ -109,7 +114,7 @@ def test_the_loss_is_the_squared_error_of_the_predicted_noise(small: Small) -> N
     torch.testing.assert_close(found, errors.mean(0), atol=1e-6, rtol=1e-6)
 
 
-def test_a_new_denoiser_predicts_zero() -> None:
+def test_a_new_denoiser_predicts_zero():
     z, latents, times, noise = draws()
     ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
     assert ross.loss(z, latents, times, noise).equal(noise.square().mean(dim=(0, 2, 3)))
@@ -118,7 +123,7 @@ def test_a_new_denoiser_predicts_zero() -> None:
     assert found.mean().item() == pytest.approx(1.0, abs=0.1)
 
 
-def test_the_student_receives_its_first_gradient_in_the_third_step() -> None:
+def test_the_student_receives_its_first_gradient_in_the_third_step():
     z, latents, times, noise = draws()
     z.requires_grad_()
     ross = Small(options(n_targets=1, dim=D, teacher_dim=C, side=SIDE))
@@ -132,7 +137,7 @@ def test_the_student_receives_its_first_gradient_in_the_third_step() -> None:
     assert silent == [True] * Ross.silent_steps + [False]
 
 
-def test_blocks_are_recomputed_in_the_backward_pass(small: Small) -> None:
+def test_blocks_are_recomputed_in_the_backward_pass(small):
     calls = []
     for block in small.denoiser.blocks:
         block.register_forward_pre_hook(lambda module, _: calls.append(module))
@@ -142,7 +147,7 @@ def test_blocks_are_recomputed_in_the_backward_pass(small: Small) -> None:
     assert calls[2:] == list(small.denoiser.blocks)[::-1]
 
 
-def test_parameters_are_initialized_as_in_the_authors_code() -> None:
+def test_parameters_are_initialized_as_in_the_authors_code():
     ross = create("ross", options(n_targets=1, dim=64, teacher_dim=64, side=2))
     bound = math.sqrt(6 / (1024 + 3072))
     spread = {"embed_time.0": 0.02, "embed_time.2": 0.02, "embed_token.1": 0.02}
@@ -154,12 +159,96 @@ def test_parameters_are_initialized_as_in_the_authors_code() -> None:
         assert not linear.bias.any()
 
 
-def test_the_denoiser_has_the_size_of_the_authors_code() -> None:
+def test_the_denoiser_has_the_size_of_the_authors_code():
     with torch.device("meta"):
         ross = Ross(options(n_targets=1, dim=4096, teacher_dim=64, side=27))
     assert sum(parameter.numel() for parameter in ross.parameters()) == pytest.approx(64.4e6, rel=1e-3)
 
 
-def test_several_layers_are_refused() -> None:
+def test_several_layers_are_refused():
     with pytest.raises(ValueError, match="hera_layers: ross reads one layer, not 2"):
         Ross(options(n_targets=2, dim=D, teacher_dim=C, side=SIDE))
+
+
+GRID, CHANNELS, PIXELS = 4, 3, 16  # each place has 2 x 2 latents, and each latent has 2 x 2 pixels
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = autoencoder(8, CHANNELS, 4)
+    for name, parameter in model.named_parameters():
+        if "conv2" in name or "to_out" in name:
+            parameter.data *= 0.1  # new blocks have a wider view than trained blocks
+    model.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def load(folder: Path) -> LatentTeacher:
+    return LatentTeacher.from_pretrained(str(folder), "cpu")
+
+
+def latents_of(teacher: LatentTeacher, images: Tensor, seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    return teacher.patch_features(images, GRID)
+
+
+def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder):
+    diffusers = pytest.importorskip("diffusers")
+    images = torch.rand(2, 3, 2 * PIXELS, 2 * PIXELS)
+    # without antialiasing, halving the size averages two by two pixels
+    pixels = torch.nn.functional.avg_pool2d(images, 2) * 2 - 1
+    posterior = diffusers.AutoencoderKL.from_pretrained(folder).encode(pixels).latent_dist
+    torch.manual_seed(1)
+    z = (posterior.mean + posterior.std * torch.randn(2, CHANNELS, 2 * GRID, 2 * GRID) - 0.25) * 0.5
+    teacher = load(folder)
+    found = latents_of(teacher, images)
+    assert found.shape == (2, GRID * GRID, teacher.dim)
+    for place in range(GRID * GRID):
+        y, x = 2 * (place // GRID), 2 * (place % GRID)
+        window = [z[:, c, y + p1, x + p2] for c in range(CHANNELS) for p1 in (0, 1) for p2 in (0, 1)]
+        torch.testing.assert_close(found[:, place], torch.stack(window, 1), atol=1e-5, rtol=1e-5)
+    assert not latents_of(teacher, images, seed=2).equal(found)  # a sample, not the mean
+
+
+def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder):
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    teacher, images = load(folder), torch.rand(1, 3, PIXELS, PIXELS, requires_grad=True)
+    found = latents_of(teacher, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert latents_of(teacher, images).equal(found)
+    for name, parameter in teacher._model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.equal(weights[name].float())
+        assert not parameter.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL with .*; give a diffusers .*sub-folder vae"),
+        ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
+    ],
+)
+def test_a_folder_of_another_model_is_refused(damage, message, folder):
+    assert LatentTeacher.check(str(folder), GRID) == folder
+    edit_json(folder / "config.json", **damage)
+    with pytest.raises(ValueError, match=f"^hera_teacher: .*{re.escape(str(folder))}.*{message}"):
+        LatentTeacher.check(str(folder), GRID)
+
+
+def test_without_diffusers_the_package_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ValueError, match=r"^hera_teacher: .* needs diffusers, .* pip install diffusers"):
+        LatentTeacher.check(str(folder), GRID)
+
+
+def test_weights_that_lack_a_tensor_are_refused(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^hera_teacher: .*lack 1 tensors, .* encoder\.conv_in\.weight.*again"):
+        load(folder)

@@ -15,8 +15,9 @@ from llamafactory_hera.heads import Target
 from llamafactory_hera.plots import render
 from llamafactory_hera.selection.gallery import Neighbors, draw_gallery, write_gallery
 from llamafactory_hera.selection.scores import load_files
+from tests.tiny_models import noise_images
 
-from .tiny import noise_images, write_scores
+from .tiny import write_scores
 
 BEFORE = [[0.3, 0.1], [math.nan, 0.5], [0.2, 0.4]]
 N, K, QUERIES = 9, 4, 3

@@ -18,6 +18,7 @@ from llamafactory_hera.plots import BLUE, GRAY, ORANGE, series_colors
 from llamafactory_hera.selection.page import verdict, write_report
 from llamafactory_hera.selection.report import compare, draw_scores, show
 from llamafactory_hera.selection.scores import ScoreFile
+from tests.tiny_models import edit_json
 
 from .test_gallery import write_seen
 from .tiny import write_scores
@@ -41,8 +42,7 @@ def run(tmp_path):
     for seed, (name, scores) in enumerate({"heads": BEFORE, "scores": AFTER}.items(), 1):
         path = write_scores(folder / f"hera/{name}.json", scores)
         write_seen(path, tmp_path / "images", seed, heads=4)
-    chosen = json.loads((folder / "hera/heads.json").read_text()) | {"heads": ALIGNED}
-    (folder / "hera/heads.json").write_text(json.dumps(chosen))
+    edit_json(folder / "hera/heads.json", heads=ALIGNED)
     return folder
 
 

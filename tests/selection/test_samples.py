@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection.samples import draw, draw_samples, encode_caption
+from tests.tiny_models import noise_images
 
-from .tiny import Rows, captions, noise_images, settings
+from .tiny import Rows, captions, settings
 
 IMAGES = [[image] for image in noise_images(30)]
 

@@ -22,9 +22,9 @@ from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.scores import ScoreFile
 from tests.ranks import holder, run_ranks
-from tests.tiny_models import HEADS, LAYERS, text_model
+from tests.tiny_models import HEADS, LAYERS, noise_images, text_model
 
-from .tiny import Rows, captions, layer_settings, noise_images, settings, text_inputs, vlm_inputs
+from .tiny import Rows, captions, settings, text_inputs, vlm_inputs
 
 ALL_HEADS = [f"L{layer}H{head}" for layer in range(LAYERS) for head in range(HEADS)]
 
@@ -102,12 +102,13 @@ def test_layer_scores_match_the_outputs_of_layers(tmp_path):
 
 def test_layers_are_selected_by_layer_scores(tmp_path):
     inputs, path = text_inputs(tmp_path), tmp_path / "layers.json"
-    layers = select_targets(inputs, layer_settings(select_m=1), path)
+    keys = {"granularity": "layer", "heads": None, "layers": "auto", "select_m": 1}
+    layers = select_targets(inputs, settings(**keys), path)
     assert Targets.load(path) == layers
     scores = layers.provenance["layer_scores"]
     assert len(scores) == LAYERS
     assert layers.items == (Target(scores.index(min(scores))),)
-    top = select_targets(inputs, layer_settings(select_m=1, select="top"), path)
+    top = select_targets(inputs, settings(**keys, select="top"), path)
     assert top.items == (Target(scores.index(max(scores))),)
 
 

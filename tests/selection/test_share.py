@@ -80,7 +80,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, b
     server.server_close()
 
 
-def test_a_run_is_pushed_with_a_card_and_without_paths_and_pulled(hub: dict[str, bytes]) -> None:
+def test_a_run_is_pushed_with_a_card_and_without_paths_and_pulled(hub):
     for source in ("run", "run/hera/heads.json"):  # the second time, the card is replaced
         assert main(["heads", "push", source, ID]) == 0
     card = hub[f"{ID}/README.md"].decode()
@@ -97,7 +97,7 @@ def test_a_run_is_pushed_with_a_card_and_without_paths_and_pulled(hub: dict[str,
 
 
 @pytest.mark.parametrize(("host", "heads"), [("trainer", ID), ("loop", f"hf:{ID}")])
-def test_a_trainer_and_a_loop_take_only_heads_of_their_model(hub: dict[str, bytes], host: str, heads: str) -> None:
+def test_a_trainer_and_a_loop_take_only_heads_of_their_model(hub, host, heads):
     def align(seed: int) -> Aligner:
         model = vlm("llava-llama", seed=seed)
         return selecting(Path("new"), model, heads=heads).aligner if host == "trainer" else Aligner(model, settings)
@@ -120,18 +120,14 @@ def test_a_trainer_and_a_loop_take_only_heads_of_their_model(hub: dict[str, byte
         ("push run wrong:id", "wrong:id cannot be written (Repo id must"),
     ],
 )
-def test_a_command_refuses_bad_input_in_one_line(
-    hub: dict[str, bytes], capsys: pytest.CaptureFixture, command: str, message: str
-) -> None:
+def test_a_command_refuses_bad_input_in_one_line(hub, capsys, command, message):
     assert main(["heads", *command.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"llamafactory-hera: heads: {message}")
     assert error.count("\n") == 1
 
 
-def test_a_key_refuses_what_is_no_repository_with_heads(
-    hub: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_key_refuses_what_is_no_repository_with_heads(hub, monkeypatch):
     for value, message in {
         "someone/names": "someone/names does not name its model, so it may not fit; write L0H1",
         "run/hera": "run/hera is a folder here, and could be a hub id; write hf:run/hera for a repository",
@@ -143,7 +139,7 @@ def test_a_key_refuses_what_is_no_repository_with_heads(
             Targets.parse(value)
 
 
-def test_the_papers_heads_are_for_its_language_models() -> None:
+def test_the_papers_heads_are_for_its_language_models():
     model = LlavaConfig(text_config=Qwen3Config(num_hidden_layers=36), hera_built="Qwen/Qwen3-8B")
     assert str(Targets.parse("paper", configuration=model)) == "L13H12,L7H6,L3H5,L13H13,L13H15"
     model.hera_built = "Qwen3-8B-Base"

@@ -6,35 +6,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.selection.samples import SelectionInputs
 from llamafactory_hera.selection.scores import choose_targets
 from llamafactory_hera.teachers.encoder import VisionTeacher
-from tests.tiny_models import PAD, teacher_folder, text_model, vlm, vlm_batch
-
-_SIDE = 16
+from tests.tiny_models import PAD, noise_images, teacher_folder, text_model, vlm, vlm_batch
 
 
 def settings(**keys: Any) -> HeraConfig:
     """Makes the keys for selecting 3 heads on 40 samples; for example, ``select_m=5`` sets ``hera_select_m``."""
     keys = {"select_samples": 40, "select_k": 4, "select_m": 3, "select_batch_size": 8, "heads": "auto", **keys}
     return HeraConfig.from_keys({"hera_teacher": "tiny/teacher"} | {f"hera_{key}": keys[key] for key in keys})
-
-
-def layer_settings(**keys: Any) -> HeraConfig:
-    """Makes the keys for selecting layers."""
-    return settings(granularity="layer", heads=None, layers="auto", **keys)
-
-
-def noise_images(n: int, seed: int = 0) -> list[Image.Image]:
-    """Makes images of noise."""
-    noise = np.random.default_rng(seed)
-    return [Image.fromarray(noise.integers(0, 256, (_SIDE, _SIDE, 3), dtype=np.uint8)) for _ in range(n)]
 
 
 class Rows:

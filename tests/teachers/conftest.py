@@ -1,18 +1,19 @@
 """Fixtures: tiny random teachers of each supported kind, saved in the same format as real checkpoints."""
 
-import json
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
 import transformers as tf
-from PIL import Image
+
+from tests.tiny_models import noise_images
 
 torch.set_num_threads(1)
 
 SIDE = 32
+make_images = partial(noise_images, size=(40, 56))
 #: The sizes of a tiny encoder, under the names in the configurations of all kinds.
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
 _SIZES |= {"intermediate_size": 48, "mlp_ratio": 2, "num_key_value_groups": 1}
@@ -107,28 +108,6 @@ def save_timm(tmp_path):
         return model.eval(), tmp_path / name
 
     return save
-
-
-@pytest.fixture
-def edit_json():
-    """edit_json(path, **changes) changes keys of a JSON file; None removes the key."""
-
-    def edit(path: Path, **changes) -> None:
-        content = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
-
-    return edit
-
-
-@pytest.fixture
-def make_images():
-    """make_images(n, size=(40, 56), seed=0) returns n different noise images in RGB."""
-
-    def make(n: int, size: tuple[int, int] = (40, 56), seed: int = 0) -> list[Image.Image]:
-        noise = np.random.default_rng(seed)
-        return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
-
-    return make
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from llamafactory_hera.teachers import encoder
 from llamafactory_hera.teachers.encoder import FAMILIES, TeacherProcessor, VisionTeacher, teacher_fingerprint
+from tests.tiny_models import edit_json
 
-from .conftest import TIMM_MODELS
+from .conftest import TIMM_MODELS, make_images
 
 KINDS = [*(kind for kind in FAMILIES if kind != "timm_wrapper"), "dinov2_classifier"]
 #: Kinds whose feature is the mean of the patches, and kinds whose feature is the pooled output.
@@ -59,9 +60,7 @@ def test_weights_of_a_hub_model_are_fetched_after_the_checks(save_teacher, monke
     assert fetched == [False, True, False]
 
 
-def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_but_not_on_the_folder(
-    save_teacher, edit_json, tmp_path
-):
+def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_but_not_on_the_folder(save_teacher, tmp_path):
     folder = save_teacher("dinov2")
     model = tf.Dinov2Model.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -84,7 +83,7 @@ def test_the_fingerprint_depends_on_each_byte_of_weights_and_settings_but_not_on
 # the image processor
 
 
-def test_pixels_are_those_of_the_models_processor_for_images_of_any_mode(save_teacher, make_images):
+def test_pixels_are_those_of_the_models_processor_for_images_of_any_mode(save_teacher):
     folder = save_teacher("siglip")
     # a processor for text and images stores these settings in its own file
     settings = json.loads((folder / "preprocessor_config.json").read_text())
@@ -99,7 +98,7 @@ def test_pixels_are_those_of_the_models_processor_for_images_of_any_mode(save_te
         assert torch.equal(processor(image), processor(image.convert("RGB")))
 
 
-def test_a_processor_that_produces_images_of_different_sizes_is_refused(save_teacher, edit_json):
+def test_a_processor_that_produces_images_of_different_sizes_is_refused(save_teacher):
     folder = save_teacher("dinov2")
     edit_json(folder / "preprocessor_config.json", do_center_crop=False)
     with pytest.raises(
@@ -112,7 +111,7 @@ def test_a_processor_that_produces_images_of_different_sizes_is_refused(save_tea
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, save_teacher, make_images):
+def test_features_summarize_the_image_and_patch_features_keep_the_grid(kind, save_teacher):
     folder = save_teacher(kind)
     images = make_images(3, size=(32, 32))
     model = tf.AutoModel.from_pretrained(folder).eval()
@@ -154,7 +153,7 @@ def check_patches(teacher, pixels, expected):
 
 
 @pytest.mark.parametrize("name", TIMM_MODELS)
-def test_features_patches_and_pixels_of_a_timm_model_are_those_of_timm(name, save_timm, make_images):
+def test_features_patches_and_pixels_of_a_timm_model_are_those_of_timm(name, save_timm):
     model, folder = save_timm(name)
     images = make_images(3)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -183,9 +182,7 @@ def test_features_patches_and_pixels_of_a_timm_model_are_those_of_timm(name, sav
         ({"architecture": "qwen3_vit_416m_enc", "model_args": {}}, True, "timm cannot pool .* use another model"),
     ],
 )
-def test_a_timm_model_that_cannot_be_a_teacher_is_refused(
-    change, available, message, save_timm, edit_json, monkeypatch
-):
+def test_a_timm_model_that_cannot_be_a_teacher_is_refused(change, available, message, save_timm, monkeypatch):
     _, folder = save_timm("convnext_atto")
     edit_json(folder / "config.json", **change)
     monkeypatch.setattr(tf.utils, "is_timm_available", lambda: available)
@@ -206,7 +203,7 @@ def test_the_page_lists_every_kind_of_teacher():
             assert grid.strip() == ("any" if family.any_size else "its own" if family.patches else "–")
 
 
-def test_the_teacher_is_frozen_and_independent_of_the_training_step(save_teacher, make_images, edit_json):
+def test_the_teacher_is_frozen_and_independent_of_the_training_step(save_teacher):
     folder = save_teacher("dinov2")
     # Dropout reveals a pass in training mode.
     edit_json(folder / "config.json", hidden_dropout_prob=0.5, drop_path_rate=0.5)
@@ -229,7 +226,7 @@ def test_the_teacher_is_frozen_and_independent_of_the_training_step(save_teacher
 # loading
 
 
-def test_half_precision_gives_float32_features_close_to_full_precision(save_teacher, make_images):
+def test_half_precision_gives_float32_features_close_to_full_precision(save_teacher):
     folder = save_teacher("clip")
     full, half = load(folder), load(folder, dtype=torch.bfloat16)
     pixels = full.processor.batch(make_images(2))
@@ -267,7 +264,7 @@ def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, sid
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])
-def test_every_rank_has_a_complete_teacher(engine, save_teacher, make_images, request):
+def test_every_rank_has_a_complete_teacher(engine, save_teacher, request):
     folder = save_teacher("dinov2")
     expected = load(folder)
     pixels = expected.processor.batch(make_images(1))

@@ -9,6 +9,8 @@ from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
 
+from .conftest import make_images
+
 
 class CountingTeacher(VisionTeacher):
     batches = ()
@@ -29,7 +31,7 @@ def cache(tmp_path, teacher):
 
 
 @pytest.fixture
-def paths(tmp_path, make_images):
+def paths(tmp_path):
     paths = [str(tmp_path / f"{i}.png") for i in range(7)]
     for image, path in zip(make_images(7), paths, strict=True):
         image.save(path)

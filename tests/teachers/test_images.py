@@ -14,9 +14,11 @@ from llamafactory_hera.teachers.images import (
     undecoded,
 )
 
+from .conftest import make_images
+
 
 @pytest.fixture
-def picture(tmp_path, make_images):
+def picture(tmp_path):
     path = tmp_path / "picture.png"
     make_images(1)[0].save(path)
     return path
@@ -71,7 +73,7 @@ def test_the_index_of_the_teachers_image_is_counted_from_either_end_and_clamped(
 # pixels and keys
 
 
-def test_every_form_gives_the_same_pixels_and_the_same_key(picture, tmp_path, make_images):
+def test_every_form_gives_the_same_pixels_and_the_same_key(picture, tmp_path):
     content = picture.read_bytes()
     shutil.copy(picture, tmp_path / "name.jpg")
     uri = f"data:image/png;base64,{base64.b64encode(content).decode()}"
@@ -89,7 +91,7 @@ def test_every_form_gives_the_same_pixels_and_the_same_key(picture, tmp_path, ma
     assert image_key(tmp_path / "different.png") != image_key(picture)
 
 
-def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
+def test_pil_images_have_the_key_of_their_rgb_pixels_and_size():
     image = make_images(1)[0]
     assert image_key(image) == image_key(image.copy()) == image_key(image.convert("RGBA"))
     turned = Image.frombytes("RGB", image.size[::-1], image.tobytes())
@@ -97,7 +99,7 @@ def test_pil_images_have_the_key_of_their_rgb_pixels_and_size(make_images):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_other_color_modes_become_rgb(mode, make_images):
+def test_other_color_modes_become_rgb(mode):
     assert load_image(make_images(1)[0].convert(mode)).mode == "RGB"
 
 
@@ -160,7 +162,7 @@ def dataset_of(kind, paths):
 
 
 @pytest.fixture
-def pictures(tmp_path, make_images):
+def pictures(tmp_path):
     paths = [str(tmp_path / f"{number}.png") for number in range(3)]
     for image, path in zip(make_images(3), paths, strict=True):
         image.save(path)

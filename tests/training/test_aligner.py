@@ -4,7 +4,6 @@ import logging
 import math
 import re
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from llamafactory_hera.distributed import mean_over_ranks
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED, PIXELS
 from llamafactory_hera.training.watch import RunningMeans
-from tests.tiny_models import collate_rows, image_rows, student_processor, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, same, student_processor, teacher_folder, vlm
 
 LAYER = {"heads": None, "granularity": "layer", "layers": "L1"}
 BATCH = 4
@@ -87,7 +86,7 @@ def without_the_term(run: Run) -> None:
     ],
     ids=["contrastive", "cka", "layers", "feature", "viral"],
 )
-def test_a_custom_loop_aligns(keys: dict) -> None:
+def test_a_custom_loop_aligns(keys):
     def losses(weight: float, n_steps: int = 16) -> tuple[float, float, dict[str, Tensor]]:
         run = Run(weight=weight, **keys)
         logs = []
@@ -109,7 +108,7 @@ def test_a_custom_loop_aligns(keys: dict) -> None:
 
 
 @pytest.mark.parametrize("memory", [5, "auto"])
-def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, memory: int | str) -> None:
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, memory):
     straight, resumed = Run(memory=memory), Run(memory=memory)
     for _ in range(3):
         straight.step()
@@ -127,13 +126,12 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, memory: int | str) 
     one, two = (load_file(tmp_path / name / "hera/state.safetensors") for name in ("one", "two"))
     assert any("optimizer" in name for name in one)
     assert any("memory" in name for name in one)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert same(one, two)
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*hera_heads was L1H0,L0H2, is L0H2"):
         make(straight.model, heads="L0H2").load(tmp_path)
 
 
-def test_cached_features_equal_computed_ones(tmp_path: Path) -> None:
+def test_cached_features_equal_computed_ones(tmp_path):
     first = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
     batch = first.collate(first.rows)
     assert batch["hera_source"].tolist() == [PIXELS] * BATCH
@@ -150,9 +148,7 @@ def test_cached_features_equal_computed_ones(tmp_path: Path) -> None:
     assert torch.equal(second.aligner.teacher.features(second.aligner.prepare(batch).inputs), computed)
 
 
-def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     run = Run(rows=BATCH, teacher_cache=str(tmp_path / "cache"))
 
     def full(*_: object) -> None:
@@ -164,7 +160,7 @@ def test_a_cache_that_cannot_be_written_does_not_stop_the_run(
     assert "cannot be written (No space left on device); the run continues" in caplog.text
 
 
-def test_a_batch_of_another_loader_is_not_changed() -> None:
+def test_a_batch_of_another_loader_is_not_changed():
     run = Run()
     run.step()
     batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in run.rows])
@@ -177,7 +173,7 @@ def test_a_batch_of_another_loader_is_not_changed() -> None:
     assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
 
 
-def test_labels_of_the_last_tokens_alone_do_not_change_the_term() -> None:
+def test_labels_of_the_last_tokens_alone_do_not_change_the_term():
     run = Run()
     terms = []
     for shortened in (False, True):
@@ -191,7 +187,7 @@ def test_labels_of_the_last_tokens_alone_do_not_change_the_term() -> None:
     assert terms[0] == terms[1] > 0
 
 
-def test_a_configuration_names_its_targets_and_auto_needs_a_trainer() -> None:
+def test_a_configuration_names_its_targets_and_auto_needs_a_trainer():
     model = vlm("llava-llama", num_hidden_layers=5)
     for named, layers in (("middle", (2,)), ("penultimate", (3,)), ("L4,L0", (0, 4))):
         assert make(model, **{**LAYER, "layers": named}).targets.layers == layers
@@ -205,7 +201,7 @@ def test_a_configuration_names_its_targets_and_auto_needs_a_trainer() -> None:
 # -- never a silent no-op --------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
+def test_a_run_that_cannot_change_its_targets_is_refused():
     with pytest.raises(
         ValueError, match=r"cannot change L1H0,L0H2: no parameter that influences them is trained \(only lm_head"
     ):
@@ -225,9 +221,7 @@ def test_a_run_that_cannot_change_its_targets_is_refused() -> None:
     ("keys", "why"),
     [({}, "no sample with an image .* hera_memory: 8"), ({"objective": "cka"}, "no batch had 3 samples")],
 )
-def test_a_run_whose_samples_never_enter_gives_one_warning(
-    keys: dict, why: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_whose_samples_never_enter_gives_one_warning(keys, why, caplog):
     run = Run(rows=BATCH, with_images=False, **keys)
     for _ in range(12):
         assert run.step() == 0
@@ -247,7 +241,7 @@ def test_a_run_whose_samples_never_enter_gives_one_warning(
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_too_many_consecutive_non_finite_terms_stop_the_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_consecutive_non_finite_terms_stop_the_run(side, monkeypatch):
     run = Run(max_nan=3)
     run.step()
     source = run.aligner.capture if side == "student" else run.aligner.teacher
@@ -279,7 +273,7 @@ def test_too_many_consecutive_non_finite_terms_stop_the_run(side: str, monkeypat
         run.aligner.logs()
 
 
-def test_the_error_says_that_a_model_was_nan_from_the_start() -> None:
+def test_the_error_says_that_a_model_was_nan_from_the_start():
     run = Run(max_nan=2)
     with torch.no_grad():
         run.model.get_input_embeddings().weight.fill_(math.nan)
@@ -291,7 +285,7 @@ def test_the_error_says_that_a_model_was_nan_from_the_start() -> None:
 # -- running means ---------------------------------------------------------------------------------------------------
 
 
-def test_values_are_means_and_counts_since_they_were_last_taken() -> None:
+def test_values_are_means_and_counts_since_they_were_last_taken():
     statistics = RunningMeans()
     for loss, mknn in ((1.0, 0.5), (2.0, math.nan), (6.0, 0.1)):
         statistics.add(loss=torch.tensor(loss), mknn=torch.tensor(mknn))
@@ -307,7 +301,7 @@ def test_values_are_means_and_counts_since_they_were_last_taken() -> None:
     assert mean_over_ranks(taken, torch.device("cpu")).keys() == {"loss"}  # a value that is always NaN is not reported
 
 
-def test_a_batch_without_a_row_for_each_sample_is_refused() -> None:
+def test_a_batch_without_a_row_for_each_sample_is_refused():
     run = Run()
     collate = run.aligner.collator(lambda rows: collate_rows(rows[1:]), drop=("images",))
     with pytest.raises(ValueError, match=r"^data_collator: it makes 3 rows of 4 samples; let it keep one row"):
@@ -315,7 +309,7 @@ def test_a_batch_without_a_row_for_each_sample_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gradcache", [False, True])
-def test_copies_of_a_file_are_found_although_the_teacher_is_imprecise(gradcache: bool) -> None:
+def test_copies_of_a_file_are_found_although_the_teacher_is_imprecise(gradcache):
     run = Run()
     rows = [{**row, "images": run.rows[image]["images"]} for row, image in zip(run.rows, (0, 0, 1, 2), strict=False)]
     batch = run.collate(rows)

@@ -29,7 +29,7 @@ def run(targets: str = str(HEADS), digest: str = "digest", n_trained: int | None
     return RunIdentity(Targets.parse(targets), digest, HeraConfig(heads=str(HEADS), **keys), n_trained)
 
 
-def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path):
     for step in (8, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for nothing in (None, False, "false", "False", ""):
@@ -41,7 +41,7 @@ def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "missing"])
-def test_a_missing_checkpoint_is_refused(tmp_path: Path, folder: str) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path, folder):
     for resume in (True, str(tmp_path / "checkpoint-9")):
         with pytest.raises(
             ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; give the path"
@@ -49,7 +49,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path, folder: str) -> None:
             checkpoint_of(arguments(resume, tmp_path / folder))
 
 
-def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path):
     checkpoint = tmp_path / "checkpoint-12"
     (checkpoint / "hera").mkdir(parents=True)  # HeRA's part is written first
     (checkpoint / "hera/state.safetensors").write_bytes(b"half")
@@ -69,7 +69,7 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path: Path) -
         ({"n_trained": 3}, "trained_tensors was 8, is 3"),
     ],
 )
-def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[str, Any], entry: str) -> None:
+def test_a_run_that_aligns_something_else_is_refused(tmp_path, now, entry):
     run().save(tmp_path, STATE, {})
     assert run().load(tmp_path).keys() == STATE.keys()
     for call in (run(**now).load, run(**now).check):
@@ -79,7 +79,7 @@ def test_a_run_that_aligns_something_else_is_refused(tmp_path: Path, now: dict[s
             call(tmp_path)
 
 
-def test_changes_that_are_allowed_give_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_that_are_allowed_give_a_warning(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     run().save(tmp_path, STATE, {})
     # a learned temperature continues from the checkpoint, so its initial value may change
@@ -93,7 +93,7 @@ def test_changes_that_are_allowed_give_a_warning(tmp_path: Path, caplog: pytest.
 
 
 @pytest.mark.parametrize("damage", ["no folder", "half a file", "no keys"])
-def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path, damage):
     if damage != "no folder":
         run().save(tmp_path, STATE, {})
         state = tmp_path / "hera/state.safetensors"
@@ -105,7 +105,7 @@ def test_a_checkpoint_without_a_complete_hera_folder_is_refused(tmp_path: Path, 
         run().check(tmp_path)
 
 
-def test_weights_that_were_renamed_on_saving_are_loaded_in_their_dtypes(tmp_path: Path) -> None:
+def test_weights_that_were_renamed_on_saving_are_loaded_in_their_dtypes(tmp_path):
     saved, other = vlm("llava-llama", seed=1), vlm("llava-llama", seed=2)
     for model in (saved, other):
         model.model.vision_tower.to(torch.bfloat16)
@@ -121,7 +121,7 @@ def test_weights_that_were_renamed_on_saving_are_loaded_in_their_dtypes(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["renamed", "same names", "adapter"])
-def test_weights_without_a_tensor_of_the_model_are_refused(tmp_path: Path, kind: str) -> None:
+def test_weights_without_a_tensor_of_the_model_are_refused(tmp_path, kind):
     model = vlm("llava-llama") if kind == "renamed" else text_model("qwen3", tie_word_embeddings=True)
     if kind == "adapter":
         model = get_peft_model(model, LoraConfig(target_modules="all-linear"))

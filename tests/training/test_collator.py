@@ -37,7 +37,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.zeros(len(rows), 3, dtype=torch.long)}
 
 
-def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher, images: list[str]) -> None:
+def test_the_teacher_sees_the_first_image_of_each_sample(teacher, images):
     batch = HeraCollator(_collate, teacher.processor)(
         [{"images": [images[0], images[1]]}, {"images": []}, {"images": [images[2]]}, {}]
     )
@@ -50,8 +50,8 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher: VisionTeacher,
 
 @pytest.mark.parametrize("index, selected", [(1, 1), (-1, 2)])
 def test_image_index_selects_an_image_whose_index_and_number_of_images_the_batch_holds(
-    teacher: VisionTeacher, images: list[str], index: int, selected: int
-) -> None:
+    teacher, images, index, selected
+):
     def rows() -> list[dict[str, Any]]:
         return [{"images": images}, {}, {"images": images[:1]}]
 
@@ -62,14 +62,14 @@ def test_image_index_selects_an_image_whose_index_and_number_of_images_the_batch
     assert torch.equal(batch["hera_pixels"][0], teacher.processor.batch([Image.open(images[selected])])[0])
 
 
-def test_a_batch_without_images_gives_the_teacher_nothing(teacher: VisionTeacher) -> None:
+def test_a_batch_without_images_gives_the_teacher_nothing(teacher):
     batch = HeraCollator(_collate, teacher.processor)([{"images": None}, {"videos": ["a.mp4"]}])
     assert {name for name in batch if name.startswith("hera_")} == {"hera_source", "hera_keys"}
     assert not batch["hera_source"].any()
     assert not batch["hera_keys"].any()
 
 
-def test_a_collator_that_sorts_its_rows_is_refused(teacher: VisionTeacher) -> None:
+def test_a_collator_that_sorts_its_rows_is_refused(teacher):
     def by_length(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
         tokens = [torch.tensor(row["input_ids"]) for row in rows]
@@ -82,7 +82,7 @@ def test_a_collator_that_sorts_its_rows_is_refused(teacher: VisionTeacher) -> No
         collator([{"input_ids": [5, 6]}, {"input_ids": [5, 6, 7]}])
 
 
-def test_cached_images_are_not_decoded(teacher: VisionTeacher, images: list[str], tmp_path: Path) -> None:
+def test_cached_images_are_not_decoded(teacher, images, tmp_path):
     cache = FeatureCache(tmp_path / "cache", teacher.fingerprint, teacher.dim)
     feature = torch.randn(1, teacher.dim).half().float()
     cache.put([image_key(images[1])], feature)

@@ -1,7 +1,6 @@
 """Objectives on visual tokens of a real model: reading tokens, the teacher's view, and plans."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def tuned(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["plain", "bias", "lora", "dora"])
-def test_heads_at_tokens_equal_slices_of_the_weight(kind: str, rows: int) -> None:
+def test_heads_at_tokens_equal_slices_of_the_weight(kind, rows):
     model = tuned(kind)
     batch = vlm_batch(model, rows)
     read: dict[int, Tensor] = {}
@@ -107,7 +106,7 @@ def test_heads_at_tokens_equal_slices_of_the_weight(kind: str, rows: int) -> Non
             torch.testing.assert_close(ours, wanted_here, rtol=1e-3, atol=1e-4)
 
 
-def test_the_representations_of_heads_are_never_formed() -> None:
+def test_the_representations_of_heads_are_never_formed():
     model = vlm("llava-llama")
     aligner = aligner_of(model, heads=HEADS, objective="feature")
     batch = aligner.collator(lambda rows: vlm_batch(model, len(rows)))(image_rows(model, 3))
@@ -132,7 +131,7 @@ def test_the_representations_of_heads_are_never_formed() -> None:
 
 
 @pytest.mark.parametrize(("layer", "index"), [("L0", 1), ("final", 2)])
-def test_a_layer_is_the_hidden_state_bit_for_bit(layer: str, index: int) -> None:
+def test_a_layer_is_the_hidden_state_bit_for_bit(layer, index):
     model = vlm("llava-qwen3")
     batch = vlm_batch(model)
     with LayerCapture(model, layer) as capture:
@@ -144,7 +143,7 @@ def test_a_layer_is_the_hidden_state_bit_for_bit(layer: str, index: int) -> None
     assert Targets.parse(layer, "layer").names == (layer,)
 
 
-def test_all_parameters_except_the_output_embeddings_affect_the_final_norm() -> None:
+def test_all_parameters_except_the_output_embeddings_affect_the_final_norm():
     model = vlm("llava-qwen3")
     missing = {name for name, _ in model.named_parameters()} - set(trainable_upstream(model, FINAL, True))
     assert missing == {"lm_head.weight"}
@@ -153,7 +152,7 @@ def test_all_parameters_except_the_output_embeddings_affect_the_final_norm() -> 
 # -- the teacher's view ----------------------------------------------------------------------------------------------
 
 
-def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teacher() -> None:
+def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teacher():
     side, cell = 4, (1, 2)
     image = Image.new("RGB", (640, 480))
     width, height = 640 // side, 480 // side
@@ -175,7 +174,7 @@ def test_a_bright_cell_of_a_wide_image_lights_the_same_cell_for_student_and_teac
     assert restored.min() == pytest.approx(0, abs=0.02)
 
 
-def test_each_sample_is_matched_with_its_own_image() -> None:
+def test_each_sample_is_matched_with_its_own_image():
     processor = student_processor()
     values = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 2, 2) / 10
     image = torch.tensor([[1, 2], [0, 0], [0, 1], [-0, 0], [1, 2]])
@@ -184,7 +183,7 @@ def test_each_sample_is_matched_with_its_own_image() -> None:
     assert StudentImages(1, processor).pixels({}, image).shape == (5, 3, 1, 1)
 
 
-def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path) -> None:
+def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path):
     model = vlm("llava-llama")
     rows = image_rows(model, 3)
 
@@ -203,7 +202,7 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path: Path)
     assert second[1] == pytest.approx(first[1], abs=1e-4)
 
 
-def test_the_collator_refuses_an_image_that_was_cut_off() -> None:
+def test_the_collator_refuses_an_image_that_was_cut_off():
     model = vlm("llava-llama")
     collate = aligner_of(model, heads=HEADS, objective="feature").collator(lambda rows: vlm_batch(model, len(rows)))
     rows = image_rows(model, 2)
@@ -215,7 +214,7 @@ def test_the_collator_refuses_an_image_that_was_cut_off() -> None:
 # -- two-way attention -----------------------------------------------------------------------------------------------
 
 
-def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
+def test_two_way_attention_is_the_same_in_training_and_evaluation():
     model = vlm("llava-qwen3").eval()
     batch = vlm_batch(model, 3)
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "visual_attention": "two_way"}
@@ -241,14 +240,14 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation() -> None:
 # -- the objective's parameters --------------------------------------------------------------------------------------
 
 
-def test_a_fixed_temperature_keeps_the_value_of_the_recipe(tmp_path: Path) -> None:
+def test_a_fixed_temperature_keeps_the_value_of_the_recipe(tmp_path):
     model = vlm("llava-llama")
     aligner_of(model, heads=HEADS, temperature=0.3).save(tmp_path)
     fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, objective_from=str(tmp_path))
     assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)
 
 
-def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image() -> None:
+def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image():
     model = vlm("llava-llama")
     keys = {"granularity": "layer", "layers": "final", "teacher": autoencoder_folder()}
     aligner = aligner_of(model, objective=f"{__name__}:SmallRoss", **keys)
@@ -271,7 +270,7 @@ class SmallRoss(Ross):
     width, depth, heads = 16, 1, 2
 
 
-def test_an_objective_starts_from_an_earlier_run_with_its_own_learning_rate(tmp_path: Path) -> None:
+def test_an_objective_starts_from_an_earlier_run_with_its_own_learning_rate(tmp_path):
     model = vlm("llava-llama")
     first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
     first.save(tmp_path)

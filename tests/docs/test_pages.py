@@ -1,4 +1,4 @@
-"""The code of docs/plain_trainer.md, and the imports in README.md."""
+"""The code of the pages runs, their imports work, and their relative links lead to existing files."""
 
 import re
 from pathlib import Path
@@ -6,15 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import collate_rows, image_rows, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_rows, noise_images, snapshot, teacher_folder, vlm
 
 ROOT = Path(__file__).parents[2]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(page for part in ("docs", "patches", "recipes") for page in (ROOT / part).rglob("*.md")),
+]
 
 
-def code_of(page: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert all(len(code.strip().splitlines()) < 30 for code in found)
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_existing_files(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    inside = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
+    missing = [target for target in inside if target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def code_of(page: str, longest: int = 29) -> list[str]:
+    """Returns the Python code of a page; no block may have more lines than ``longest``."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert all(len(code.strip().splitlines()) <= longest for code in found)
     return found
 
 
@@ -30,13 +42,26 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": model, "dataset": image_rows(model, 64), "collate": collate_rows}
 
 
+def test_the_minimal_loop_raises_the_agreement(names, capsys):
+    (code,) = code_of("docs/minimal.md", longest=40)
+    for page, here in (("L13H12,L7H6", "L1H0,L0H2"), ("10, 0.01", "3, 1.0"), ("lr=2e-5", "lr=3e-3")):
+        assert page in code
+        code = code.replace(page, here)
+    rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"][:10]]
+    images = noise_images(10, (32, 32))
+    exec(code, {"model": names["model"], "loader": [(collate_rows(rows), images) for _ in range(25)]})
+    mknn = [float(value) for value in re.findall(r"MKNN (\d\.\d+)", capsys.readouterr().out)]
+    assert len(mknn) == 25
+    assert mknn[-1] > mknn[0] + 0.1
+
+
 def trained(before: dict[str, torch.Tensor], model: torch.nn.Module) -> set[str]:
     return {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
 
 
-def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys: pytest.CaptureFixture) -> None:
+def test_the_trainer_the_mixin_and_the_loop_train(names, capsys):
     plain, mixin, _, loop, *_ = code_of("docs/plain_trainer.md")
-    before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    before = snapshot(names["model"])
     names["model"].config.use_cache = False
     exec(plain, names)
     *_, logged = (line for line in names["trainer"].state.log_history if "loss" in line)
@@ -48,14 +73,14 @@ def test_the_trainer_the_mixin_and_the_loop_train(names: dict[str, Any], capsys:
     exec(mixin, names)
     assert "'hera_loss'" in capsys.readouterr().out
 
-    before = {name: tensor.clone() for name, tensor in names["model"].state_dict().items()}
+    before = snapshot(names["model"])
     exec(loop, names)
     assert "'hera_loss': " in capsys.readouterr().out.splitlines()[-1]
     assert "model.language_model.layers.0.self_attn.q_proj.weight" in trained(before, names["model"])
     assert Path("saves/loop/hera/state.safetensors").is_file()
 
 
-def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names: dict[str, Any]) -> None:
+def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names):
     class LazySupervisedDataset(torch.utils.data.Dataset):
         """A stand-in with the methods of QwenLM's dataset, whose rows are encoded and have no images."""
 
@@ -84,7 +109,7 @@ def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names: dict[
     assert any("hera_loss" in line for line in names["trainer"].state.log_history)
 
 
-def test_the_imports_in_the_readme_work() -> None:
+def test_the_imports_in_the_readme_work():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = re.findall(r"^from llamafactory_hera\S* import .+", page, re.MULTILINE)
     assert lines
@@ -92,7 +117,7 @@ def test_the_imports_in_the_readme_work() -> None:
         exec(line, {})
 
 
-def test_the_functions_alone_give_a_loss_and_gradients(names: dict[str, Any]) -> None:
+def test_the_functions_alone_give_a_loss_and_gradients(names):
     *_, functions = code_of("docs/plain_trainer.md")
     rows = [{name: value for name, value in row.items() if name != "images"} for row in names["dataset"]]
     names |= {"batch": collate_rows(rows), "teacher_features": torch.randn(64, 5)}
