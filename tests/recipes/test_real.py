@@ -63,6 +63,7 @@ def test_the_language_model_knows_the_capital_of_france(tmp_path):
 
 @downloaded
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_smoke_of_two_steps_writes_the_page(tmp_path):
     shutil.copytree(DOWNLOADS, tmp_path / "hera_real/downloads")
     command = (sys.executable, ROOT / "recipes/real", "smoke")
