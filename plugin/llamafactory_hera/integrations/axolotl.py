@@ -6,7 +6,6 @@ hera_teacher: facebook/dinov2-large
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -120,11 +119,10 @@ class HeraPlugin(BasePlugin):
         class AxolotlHeraTrainer(HeraTrainerMixin, AxolotlTrainer):
             """Accepts the arguments of axolotl's builder, which does not pass the keys."""
 
+            in_words = str
+
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)
-
-            def named_keys(self) -> nullcontext:
-                return nullcontext()
 
             def check_collator(self, hera: HeraConfig) -> None:
                 strategy = self.data_collator.processing_strategy

@@ -50,7 +50,11 @@ class HeraV1Trainer(SFTTrainer):
         loss = super().compute_loss(batch)
         self.aligner.watch.statistics.add(lm_loss=loss.detach())
         term = self.aligner.loss(prepared).to(loss)
-        return _Share.apply(loss, term, 1 / self.train_batch_generator.num_micro_batch)
+        # The engine weights the sum by the labeled tokens of the micro-batch. This is right for the LM loss, but the
+        # term is a mean over micro-batches: the hook gives each of them the same share of the term's gradient.
+        share = 1 / self.train_batch_generator.num_micro_batch
+        term.register_hook(lambda gradient: torch.full_like(gradient, share))
+        return loss + term
 
     def save_model(self) -> None:
         """Saves the model as the engine does, and HeRA's state next to it."""
@@ -72,23 +76,6 @@ class _Renderer(Renderer):
                 raise ValueError("image_url: HeRA with the v1 engine reads images from files; write their paths.")
             rows += super().process_samples([{**sample, _IMAGES: json.dumps(images)}])
         return rows
-
-
-class _Share(torch.autograd.Function):
-    """Adds the HeRA term to the LM loss, and gives every micro-batch the same share of the term's gradient.
-
-    The engine weights the sum by the number of labeled tokens in the micro-batch. This weight is right for the LM loss
-    but not for the term, which is a mean over micro-batches.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, term: Tensor, share: float) -> Tensor:
-        ctx.share = share
-        return loss + term
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        return gradients[0], torch.full_like(gradients[0], ctx.share), None
 
 
 class _AlignerCallback(TrainerCallback):

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..config import HeraConfig
 from ..distributed import rank, world_size
@@ -48,7 +49,7 @@ def show_messages(host: logging.Logger | None = None) -> None:
 
 
 def log_share(values: dict[str, float], weight: float) -> None:
-    """Logs which share of the loss in a log line is the weighted term; logs nothing if the share is unknown or 0."""
+    """Logs the weighted term's share of the loss in a log line; logs nothing if the share is unknown or 0."""
     term = weight * values.get("hera_loss", 0.0)
     total = values.get("lm_loss", 0.0) + term
     if rank() == 0 and 0 < term <= total:
@@ -57,7 +58,7 @@ def log_share(values: dict[str, float], weight: float) -> None:
 
 
 def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps: int) -> None:
-    """Logs at the end of a run whether MKNN rose or, if the run did not measure MKNN, whether the loss fell.
+    """Logs at the end of a run whether MKNN rose. If the run did not measure MKNN, logs whether the loss fell.
 
     The change is the difference between the means of the first and of the last log lines (at most five each). The
     noise is two standard errors of the differences of consecutive lines, so a slow trend hardly adds to it.
@@ -69,14 +70,13 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     key, name, sign, chance = "hera_loss", "the alignment loss", -1, ""
     if chances := [line["hera_mknn_chance"] for line in lines if "hera_mknn" in line]:
         key, name, sign = "hera_mknn", f"MKNN of the aligned {aligner.targets.plural}", 1
-        chance = f", chance {sum(chances) / len(chances):.3f}"
+        chance = f", chance {np.mean(chances):.3f}"
     values = [line[key] for line in lines if key in line]
     n_held = 0 if memory.pairs is None else int(memory.pairs[2].sum())
     if len(values) >= 2:
         n = min(5, len(values) // 2)
-        first, last = sum(values[:n]) / n, sum(values[-n:]) / n
-        squares = [(after - before) ** 2 for before, after in pairwise(values)]
-        noise = 2 * (sum(squares) / len(squares) / n) ** 0.5
+        first, last = np.mean(values[:n]), np.mean(values[-n:])
+        noise = 2 * (np.mean(np.diff(values) ** 2) / n) ** 0.5
         text = (
             f"{name} went from {first:.3f} to {last:.3f} (means of the first and the last {n} of {len(values)} log "
             f"lines; noise {noise:.3f}{chance})."
@@ -136,7 +136,7 @@ def in_python(message: str) -> str:
 
 
 def compared_at_once(aligner: "Aligner", training_args: Any) -> int:
-    """Returns the number of samples, or packed rows, of all processes that are compared in one step."""
+    """Returns the number of samples (or packed rows) that one step compares, over all processes."""
     steps = training_args.gradient_accumulation_steps if aligner.config.gradcache else 1
     return (aligner.batch_size or training_args.per_device_train_batch_size) * world_size() * steps
 

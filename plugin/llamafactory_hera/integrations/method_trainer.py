@@ -1,6 +1,6 @@
 """A method that adds a term to the loss of transformers' Trainer: the protocol, and the mixin that drives it."""
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -39,14 +39,14 @@ class Method(Protocol):
         """Returns the statistics since the last call."""
 
     def save(self, folder: str) -> None:
-        """Writes the state into a folder; :meth:`check` refuses that of another run, :meth:`load` restores it."""
+        """Writes the state into a folder. :meth:`check` refuses the state of another run; :meth:`load` restores it."""
 
     def check(self, folder: str) -> None: ...
 
     def load(self, folder: str) -> None: ...
 
     def close(self) -> None:
-        """Ends a run that has finished; :meth:`release` only removes the hooks from the model."""
+        """Ends a finished run. After an error, :meth:`release` removes only the hooks from the model."""
 
     def release(self) -> None: ...
 
@@ -70,12 +70,8 @@ class MethodTrainerMixin(_Base):
         self._lock = ExitStack()
         self._compute_loss_called = False
         self._lm_losses = RunningMeans()
-        self._engine_scale: float | None = None  # DeepSpeed's loss scale; accelerate has no scaler with DeepSpeed
+        self._engine_scale: float | None = None  # DeepSpeed's; accelerate then has no scaler
         self.add_callback(_MethodCallback(self))
-
-    def named_keys(self) -> AbstractContextManager[None]:
-        """Names the keys in error messages as the user writes them."""
-        return nullcontext()
 
     def on_start(self) -> None:
         """Runs at the beginning of each training, and after an attempt that ran out of memory."""
@@ -84,10 +80,9 @@ class MethodTrainerMixin(_Base):
         """Runs after the last step."""
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the trainer does; after an error or Ctrl-C, too, the model is free of hooks."""
+        """Trains as the trainer does, and removes the hooks from the model, even after an error or Ctrl-C."""
         try:
-            with self.named_keys():
-                return super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             self.method.release()
             self._lock.close()
@@ -97,7 +92,7 @@ class MethodTrainerMixin(_Base):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Runs the forward and backward passes of a micro-batch, and checks that the loss contains the term."""
         engine = getattr(getattr(self.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
-        if engine is not None:  # read now: the backward pass that ends a step changes it
+        if engine is not None:  # the backward pass of the last micro-batch changes the scale
             self._engine_scale = float(getattr(engine.optimizer, "loss_scale", 1.0))
         self.before_step(model)
         self._compute_loss_called = False
@@ -189,7 +184,7 @@ class MethodTrainerMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            # The method's state first: its error states the difference, and torch's about the optimizer does not.
+            # Load the method's state first: its error names the differing setting, unlike torch's optimizer error.
             self.method.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
 

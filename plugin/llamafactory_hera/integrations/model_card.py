@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from ..files import CARD, RUN_FOLDER, read_json, reading, write_json, write_text
 from ..heads.families import model_config
 from ..heads.targets import file_name
-from ..selection.firmness import Firmness
+from ..selection.firmness import Firmness, markdown_table
 from ..selection.report import Comparison
 from ..selection.scores import ScoreFile, command_line, package_versions
 from .messages import compared_at_once, neighbors_taken
@@ -81,7 +81,7 @@ def _content(trainer: Any) -> dict[str, Any]:
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
     config, targets, architecture = aligner.config, aligner.targets, model_config(trainer.model)
     multimodal = architecture.get_text_config() is not architecture
-    # hera_loss is 0 if no sample could be compared, and missing while the memory fills
+    # hera_loss is 0 if no sample could be compared; it is missing until the memory is full.
     lines = (line for line in state.log_history if "lm_loss" in line and line.get("hera_loss") != 0)
     content: dict[str, Any] = {
         targets.plural: list(targets.names),
@@ -101,7 +101,7 @@ def _content(trainer: Any) -> dict[str, Any]:
     if best not in (None, state.global_step):
         content["weights_of_step"] = best
     if config.reads("hera_memory"):
-        memory, taken = aligner.memory.size or 0, config.k  # of packed rows, the number of samples is unknown
+        memory, taken = aligner.memory.size or 0, config.k  # the number of samples in packed rows is unknown
         if not aligner.packed:
             taken = neighbors_taken(config.k, compared_at_once(aligner, trainer.args), memory)
         content |= {"k": taken, "memory": memory}
@@ -110,17 +110,19 @@ def _content(trainer: Any) -> dict[str, Any]:
 
 def _usage(trainer: Any, multimodal: bool) -> str:
     """Returns the code that loads the model, or the adapter on its base model."""
-    auto = (
-        ("AutoModelForImageTextToText", "AutoProcessor") if multimodal else ("AutoModelForCausalLM", "AutoTokenizer")
-    )
-    name = base = trainer.args.hub_model_id or trainer.args.output_dir
-    lines = [f"from transformers import {', '.join(auto)}\n"]
+    model_class, processor_class = "AutoModelForCausalLM", "AutoTokenizer"
+    if multimodal:
+        model_class, processor_class = "AutoModelForImageTextToText", "AutoProcessor"
+    name = trainer.args.hub_model_id or trainer.args.output_dir
     adapters = [each for module in trainer.model.modules() for each in getattr(module, "peft_config", {}).values()]
+    base = adapters[0].base_model_name_or_path if adapters else name
+    lines = [
+        f"from transformers import {model_class}, {processor_class}\n",
+        f'processor = {processor_class}.from_pretrained("{name}")',
+        f'model = {model_class}.from_pretrained("{base}", dtype="auto")',
+    ]
     if adapters:
-        base, lines = adapters[0].base_model_name_or_path, ["from peft import PeftModel", *lines]
-    lines += [f'processor = {auto[1]}.from_pretrained("{name}")']
-    lines += [f'model = {auto[0]}.from_pretrained("{base}", dtype="auto")']
-    lines += [f'model = PeftModel.from_pretrained(model, "{name}")'] if adapters else []
+        lines = ["from peft import PeftModel", *lines, f'model = PeftModel.from_pretrained(model, "{name}")']
     return "\n".join(lines)
 
 
@@ -135,18 +137,18 @@ def _section(content: dict[str, Any]) -> str:
         aligned += f" The weights are those of step {content['weights_of_step']}, the best one."
     parts = ["## Alignment with a vision encoder", aligned]
     if log := content["log"]:
-        rows = ["| measured in training | first logged | last logged |", "|---|--:|--:|"]
+        rows = [["measured in training", "first logged", "last logged"]]
         for name, title in _CURVES.items():
             if values := [line[name] for line in log if name in line]:
-                rows.append(f"| {title} | {values[0]:.4g} | {values[-1]:.4g} |")
-        parts.append("\n".join(rows))
+                rows.append([title, f"{values[0]:.4g}", f"{values[-1]:.4g}"])
+        parts.append(markdown_table(rows))
     if "memory" in content:
         remembered = f" and with up to {content['memory']} remembered ones" if content["memory"] else ""
         parts.append(f"MKNN in training compares a sample with those of its batch{remembered}.")
     if scores := content.get("scores"):
-        rows = [f"| MKNN with the teacher | {' | '.join(scores['names'])} |", f"|---|{'--:|' * len(scores['names'])}"]
-        rows += [f"| {name} | {' | '.join(f'{v:.4f}' for v in mknn)} |" for name, mknn in scores["mknn"].items()]
-        parts += ["\n".join(rows), f"Measured on {scores['setting']}."]
+        rows = [["MKNN with the teacher", *scores["names"]]]
+        rows += [[name, *(f"{value:.4f}" for value in mknn)] for name, mknn in scores["mknn"].items()]
+        parts += [markdown_table(rows), f"Measured on {scores['setting']}."]
         if scores["names"] == ["before"]:
             parts.append("`llamafactory-hera score` measures the trained model.")
     if "firmness" in content:

@@ -7,7 +7,6 @@ import registers the trainer and its arguments in ms-swift's factory, and change
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -91,15 +90,14 @@ def refuse(rlhf_type: str | None = None, task_type: str | None = None) -> None:
 class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):
     """ms-swift's trainer with HeRA, whose keys come from the environment."""
 
+    in_words = str
+
     def __init__(self, *args: Any, train_dataset: Any, template: Template, **kwargs: Any) -> None:
         if not isinstance(train_dataset, LazyLLMDataset):
             raise ValueError(f"train_dataset: a {type(train_dataset).__name__} does not keep the images of its rows.")
         train_dataset.encode_func = partial(_encode, train_dataset.encode_func)
         kwargs |= {"train_dataset": train_dataset, "template": template}
         super().__init__(*args, hera=read_keys(), images_of=itemgetter(_IMAGES), **kwargs)
-
-    def named_keys(self) -> nullcontext:
-        return nullcontext()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, and writes the model card into the last checkpoint, which is the model; ms-swift writes no card."""

@@ -18,21 +18,13 @@ from ..selection.resolve import Run, resolve_targets
 from ..selection.samples import STREAM_ROWS, SelectionInputs, with_mode
 from ..selection.select import N_SEARCHED, CollatedRows, ImagesOf, evaluating, is_frozen, spread
 from ..teachers.encoder import VisionTeacher
-from ..teachers.images import IMAGE_COLUMNS, images_by, is_stream, sample_images, undecoded
+from ..teachers.images import IMAGE_COLUMNS, images_by, is_stream, undecoded
 from ..training.checkpoint import checkpoint_of
 
 
-def undecoded_rows(dataset: Any, images_of: ImagesOf) -> tuple[Any, Any]:
-    """Returns a view of the dataset that leaves images encoded, and a function that decodes a row of it.
-
-    A custom ``images_of`` may need decoded images, so it gets the dataset itself, and None instead of the function.
-    """
-    return undecoded(dataset) if images_of is sample_images else (dataset, None)
-
-
 def row_with_image(dataset: Any, images_of: ImagesOf) -> Any:
-    """Returns the first row with an image that a search finds; raises ``ValueError`` if it finds none."""
-    rows, _ = undecoded_rows(dataset, images_of)
+    """Searches the dataset for a row with an image; raises ``ValueError`` if there is none."""
+    rows, _ = undecoded(dataset, images_of)
     searched: Any = islice(rows, N_SEARCHED)
     count = f"first {N_SEARCHED}"
     if not is_stream(rows):
@@ -118,7 +110,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 
 def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedRows:
     """Returns the rows of a Trainer's training data, which its own collator encodes."""
-    data, decode = undecoded_rows(trainer.train_dataset, images_of)
+    data, decode = undecoded(trainer.train_dataset, images_of)
     rows: Any = list(islice(data, STREAM_ROWS * config.most_samples)) if is_stream(data) else data
 
     def collate(rows: list[Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ another trainer. The mixin only overrides methods of transformers' Trainer.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..config import HeraConfig
-from ..distributed import world_size
 from ..heads import Targets
 from ..selection.resolve import untouched_random_state
-from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images
+from ..teachers.images import IMAGE_COLUMNS, ImageLike, sample_images, undecoded
 from ..training import Aligner
 from ..training.checks import check_settings
 from ..training.collator import PiecesOf
 from ..training.gradcache import keep_random_state
-from .messages import in_python, log_outcome, log_setup, log_share, show_messages, translated
+from .messages import compared_at_once, in_python, log_outcome, log_setup, log_share, show_messages, translated
 from .method_trainer import MethodTrainerMixin
 from .model_card import write_card
-from .trainer_rows import check_rows, targets_of, teacher_dtype, undecoded_rows
+from .trainer_rows import check_rows, targets_of, teacher_dtype
 
 
 class HeraTrainerMixin(MethodTrainerMixin):
@@ -52,6 +50,8 @@ class HeraTrainerMixin(MethodTrainerMixin):
 
     #: Hub ids of the training data, for the model card.
     hub_datasets: Sequence[str] = ()
+    #: Rewrites the keys in a message as the user writes them; hosts with a YAML file keep them, with ``str``.
+    in_words: Callable[[str], str] = staticmethod(in_python)
     data_collator: Any
     _signature_columns: Any
 
@@ -69,7 +69,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
         super().__init__(*args, **kwargs)
         self.pieces_of = pieces_of
         show_messages()
-        with self.named_keys():
+        with translated(self.in_words):
             self._prepare_hera(hera, targets, images_of)
 
     def _prepare_hera(self, hera: HeraConfig, targets: Targets | None, images_of: Callable) -> None:
@@ -88,9 +88,10 @@ class HeraTrainerMixin(MethodTrainerMixin):
         self._random_states: list[Callable[[], None]] = []
         self.use(self.aligner)
 
-    def named_keys(self) -> AbstractContextManager[None]:
-        """Names the keys in error messages as the user writes them; a host with a YAML file returns a null context."""
-        return translated(in_python)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the trainer does; messages name the keys as the user writes them."""
+        with translated(self.in_words):
+            return super().train(*args, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
         """Raises ``ValueError`` if a collator that the trainer created itself does not fit the settings."""
@@ -107,7 +108,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
             columns = self._signature_columns
             hidden = tuple(name for name in IMAGE_COLUMNS if name not in columns)
             self._signature_columns = [*columns, *hidden]
-        self.train_dataset, decode = undecoded_rows(dataset, self._images_of)
+        self.train_dataset, decode = undecoded(dataset, self._images_of)
         self.data_collator = self.aligner.collator(collate, self._images_of, hidden, decode, self.pieces_of)
         try:
             return super().get_train_dataloader(*args, **kwargs)
@@ -124,16 +125,14 @@ class HeraTrainerMixin(MethodTrainerMixin):
     # -- one run, and one micro-batch ------------------------------------------------------------------------------
 
     def on_start(self) -> None:
-        """Clears what an attempt that ran out of memory leaves behind, and logs the setup."""
+        """Clears the state of an attempt that ran out of memory, and logs the setup."""
         aligner, args = self.aligner, self.args
         aligner.objective.zero_grad()
         aligner.watch.statistics.take()
-        size: Any = self.state.train_batch_size  # after an out-of-memory error, smaller than the argument
-        aligner.batch_size = size
+        aligner.batch_size = self.state.train_batch_size  # smaller than the argument after an out-of-memory error
         if not self.state.global_step:  # a resumed run keeps the memory of its checkpoint
             aligner.memory.clear()
-        steps = args.gradient_accumulation_steps if aligner.config.gradcache else 1
-        aligner.memory.settle(size * world_size() * steps)
+        aligner.memory.settle(compared_at_once(aligner, args))
         log_setup(aligner, self.model, args, self.state)
 
     def on_end(self) -> None:

@@ -4,7 +4,7 @@ No number needs a forward pass: all are computed from neighbors and from outputs
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,12 @@ from ..heads.targets import Target
 _ROUNDS = 100  # random halves, and random permutations
 _FIRM_SHARE = 0.6  # of the chosen heads or layers, which most halves must choose again
 _LEAST = 3  # samples that can be scored
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Renders rows, the header first, as a Markdown table."""
+    header, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, f"|---|{'--:|' * (len(rows[0]) - 1)}", *others])
 
 
 class Firmness(NamedTuple):
@@ -56,9 +62,7 @@ class Firmness(NamedTuple):
     @property
     def markdown(self) -> str:
         """The table, the note and the warning for the card of a model or of a repository."""
-        header, *rows = (f"| {' | '.join(row)} |" for row in self.table)
-        table = "\n".join([header, f"|---|{'--:|' * (len(self.table[0]) - 1)}", *rows])
-        return f"{table}\n\n{self.note} {self.warning}".strip()
+        return f"{markdown_table(self.table)}\n\n{self.note} {self.warning}".strip()
 
 
 def measure_firmness(

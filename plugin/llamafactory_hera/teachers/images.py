@@ -57,14 +57,17 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, IterableDataset)
 
 
-def undecoded(dataset: Any) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
+def undecoded(
+    dataset: Any, images_of: Callable[[Any], list[ImageLike]] = sample_images
+) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
     """Returns a view of a ``datasets`` dataset that does not decode media, and a function that decodes a row.
 
     Rows of the view contain encoded image files. `image_key` needs only these, so each image is decoded only once. A
-    dataset without media, with a format or transform, or of another library is returned unchanged, with None.
+    dataset without media, with a format or transform, or of another library is returned unchanged, with None. So is
+    every dataset if ``images_of`` is a user's function, which may need decoded images.
     """
     features = getattr(dataset, "features", None)
-    if not isinstance(features, Mapping) or not hasattr(features, "decode_example"):
+    if images_of is not sample_images or not hasattr(features, "decode_example"):
         return dataset, None
     streamed = is_stream(dataset)
     # `_formatting` and, below, `_info` are private names of datasets 4.0.0.

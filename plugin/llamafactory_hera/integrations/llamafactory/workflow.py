@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,7 @@ from .recipe import HostArguments, host_words
 class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
     """The host's SFT trainer with HeRA."""
 
-    def named_keys(self) -> nullcontext:
-        return nullcontext()
+    in_words = str
 
 
 @host_words()
