@@ -1,7 +1,7 @@
 """Checks of a Trainer's training rows, and the selection of heads or layers on these rows (``auto``)."""
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from ..heads.targets import AUTO, Targets
 from ..selection.resolve import Run, resolve_targets
 from ..selection.samples import STREAM_ROWS, SelectionInputs, with_mode
 from ..selection.select import N_SEARCHED, CollatedRows, ImagesOf, evaluating, is_frozen, spread
-from ..teachers.encoder import VisionTeacher
 from ..teachers.images import IMAGE_COLUMNS, images_by, is_stream, undecoded
 from ..training.checkpoint import checkpoint_of
 
@@ -73,28 +72,17 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     layout, checkpoint = head_layout(configuration), checkpoint_of(args)
     if config.named_targets == AUTO:
         config = with_mode(config, configuration, is_frozen(model))
-    name = getattr(configuration, "_name_or_path", "") or type(model).__name__
     weights = cache(lambda: weights_of(model))
     rows = cache(lambda: _rows_of(trainer, images_of, config))  # once, because it reads the start of a stream
 
     def origin() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else rows().name
         fingerprint = model_fingerprint(weights(), layout, resumed=checkpoint is not None)
-        return {"model": name, "dataset": dataset, "model_fingerprint": fingerprint}
+        return {"model": rows().model_name, "dataset": dataset, "model_fingerprint": fingerprint}
 
     def inputs() -> SelectionInputs:
-        return SelectionInputs(
-            source=rows(),
-            load_model=lambda: model,
-            collator=rows().collator,
-            load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, args.device, teacher_dtype(args)),
-            model_name=name,
-            weights=weights(),
-            dataset_name=rows().name,
-            autocast=autocast_dtype(args),
-            num_workers=args.dataloader_num_workers,
-            tokenizer=rows().tokenizer,
-        )
+        others = {"autocast": autocast_dtype(args), "num_workers": args.dataloader_num_workers}
+        return rows().inputs(model, weights(), args.device, teacher_dtype(args), **others)
 
     run = Run(Path(args.output_dir), configuration, origin, inputs, checkpoint)
     if config.named_targets != AUTO:
@@ -124,7 +112,7 @@ def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedR
 
     name = getattr(getattr(trainer.train_dataset, "info", None), "dataset_name", None) or "dataset"
     processor = getattr(trainer, "processing_class", None)
-    return CollatedRows(rows, collate, images_of, config, model_config(trainer.model), processor, name)
+    return CollatedRows(trainer.model, rows, collate, images_of, config, processor, name)
 
 
 def autocast_dtype(training_args: Any) -> torch.dtype | None:

@@ -61,27 +61,14 @@ def select_heads(
     Raises:
         ValueError: The rows, the model or a key do not fit.
     """
-    configuration, device = model_config(model), next(model.parameters()).device
-    config = with_mode(hera, configuration, is_frozen(model))
-    encoded = CollatedRows(
-        rows, collate or chat_collator(processor, images_of), images_of, config, configuration, processor
-    )
-    name = getattr(configuration, "_name_or_path", "") or type(model).__name__
+    device = next(model.parameters()).device
+    config = with_mode(hera, model_config(model), is_frozen(model))
+    encoded = CollatedRows(model, rows, collate or chat_collator(processor, images_of), images_of, config, processor)
     place = Path(folder or on_first(tempfile.mkdtemp))
     path = place / file_name(config.granularity)
     try:
         with untouched_random_state(), evaluating(model, device):
-            inputs = SelectionInputs(
-                source=encoded,
-                load_model=lambda: model,
-                collator=encoded.collator,
-                load_teacher=partial(VisionTeacher.from_pretrained, config.teacher, device),
-                model_name=name,
-                weights=model,
-                dataset_name=encoded.name,
-                tokenizer=encoded.tokenizer,
-            )
-            chosen = select_targets(inputs, config, path)
+            chosen = select_targets(encoded.inputs(model, model, device, torch.float32), config, path)
             if folder and rank() == 0:
                 show(path)
             return chosen
@@ -119,16 +106,18 @@ class CollatedRows:
 
     def __init__(
         self,
+        model: nn.Module,
         rows: Sequence[Any],
         collate: Collate,
         images_of: ImagesOf,
         config: HeraConfig,
-        model_configuration: Any,
         processor: Any = None,
         name: str = "dataset",
     ) -> None:
         self._rows, self._collate, self._images_of, self._name = rows, collate, images_of, name
-        self._config, self._media = config, media_token_ids(model_configuration)
+        self._config, configuration = config, model_config(model)
+        self._media = media_token_ids(configuration)
+        self.model_name: str = getattr(configuration, "_name_or_path", "") or type(model).__name__
         tokenizer = getattr(processor, "tokenizer", processor)
         self.tokenizer = tokenizer if hasattr(tokenizer, "batch_decode") else None
 
@@ -169,6 +158,22 @@ class CollatedRows:
         batch = self._collate([self._rows[feature["row"]] for feature in features])
         check_row_count(batch, len(features))
         return batch
+
+    def inputs(
+        self, model: nn.Module, weights: Path | nn.Module, device: torch.device, dtype: torch.dtype, **others: Any
+    ) -> SelectionInputs:
+        """Returns the inputs of a selection on these rows, with a teacher on ``device`` that computes in ``dtype``."""
+        return SelectionInputs(
+            source=self,
+            load_model=lambda: model,
+            collator=self.collator,
+            load_teacher=partial(VisionTeacher.from_pretrained, self._config.teacher, device, dtype),
+            model_name=self.model_name,
+            weights=weights,
+            dataset_name=self.name,
+            tokenizer=self.tokenizer,
+            **others,
+        )
 
     @cached_property
     def name(self) -> str:
