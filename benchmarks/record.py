@@ -1,6 +1,6 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-Run ``python -m benchmarks.record record FILE.json`` before and after the restructuring (ten minutes each on two cores).
+Run ``python -m benchmarks.record record FILE.json`` before and after restructuring (ten minutes each on two cores).
 Then ``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints all numbers that differ.
 """
 
