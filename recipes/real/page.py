@@ -34,7 +34,7 @@ eight. Own picture is the share of captions that their own picture makes more li
 
 
 def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None:
-    """Writes each held-out picture's caption loss, and if picture and caption choose each other out of eight.
+    """Writes each held-out picture's caption loss, and the results of choosing caption and picture out of eight.
 
     Without an adapter, the model of stage 1 is measured.
     """
