@@ -1,15 +1,15 @@
-# All commands for a clone; each target first installs what it needs.
-#   make demo          builds a tiny demo, trains with and without HeRA, and compares (CPU, minutes; recipes/README.md)
+# All commands for a clone; each target first installs its requirements.
+#   make demo          builds a tiny demo, and compares training with and without HeRA (CPU, minutes; recipes/README.md)
 #   make study         compares the objectives in a rendered world; STUDY=smoke|default (CPU; docs/study.md)
 #   make real          trains SmolLM2-135M with HeRA; REAL=smoke|default|full (CPU; docs/real_model.md)
 #   make test          runs all tests, including those in a browser
 #   make test-fast     runs the quick tests of the method, without a host
-#   make test-host HOST=<folder>   runs all tests on a checkout of LLaMA-Factory
-#   make test-latest   runs the tests of the method and of the trainers of transformers and TRL on the newest releases
+#   make test-host HOST=<folder>   runs all tests with a checkout of LLaMA-Factory
+#   make test-latest   tests the method and the trainers for transformers and TRL with the newest releases
 #   make test-axolotl  tests the plugin in axolotl, with Python 3.12; PYTHON312=<path> if PATH has no python3.12
 #   make test-swift    tests the plugin in ms-swift, which needs a newer `datasets` than LLaMA-Factory allows
 #   make lint          runs ruff, import-linter, deptry and mypy
-#   make docs          builds the site of the documentation in artifacts/site
+#   make docs          builds the documentation site in artifacts/site
 #   make release       builds wheels and sdists of both distributions in dist, and checks their metadata
 PYTHON ?= python3
 VENV := .venv
@@ -36,8 +36,8 @@ export HF_HUB_OFFLINE := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
-# $(call layer,folder,packages): makes an environment on top of that of `make setup`. The given packages replace those of
-# the lower environment, and torch stays the same.
+# $(call layer,folder,packages): makes an environment on top of the one from `make setup`. The given packages replace the
+# lower environment's versions, but torch stays the same.
 define layer
 	rm -rf $(1)
 	$(BIN)/python -m venv --without-pip $(1)
@@ -74,7 +74,7 @@ real: $(REAL_STAMP)
 
 $(REAL_STAMP): $(STAMP)
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[real]" 2> $@.log \
-	  || { echo "real: the packages of [real] cannot be installed ($@.log); run it again with a network connection" >&2; exit 2; }
+	  || { echo "real: the packages of [real] cannot be installed ($@.log); run make again with a network connection" >&2; exit 2; }
 	@touch $@
 
 # the browser for tests/board: the installed one, or Debian's package if the user is root, or Playwright's download
@@ -95,12 +95,12 @@ test-host: $(if $(HOST),$(STAMP) $(CHROMIUM))
 	$(call layer,.venv-host,$(HOST))
 	$(call test_in,.venv-host)
 
-# LLaMA-Factory forbids these versions, so its tests are left out
+# LLaMA-Factory forbids these versions, so this target skips its tests
 test-latest: $(STAMP)
 	$(call layer,.venv-latest,$(LATEST))
 	$(call test_in,.venv-latest,$(METHOD_TESTS) $(wildcard tests/integrations/test_tr*.py))
 
-# axolotl pins every version, including that of torch, so it has a complete environment of its own (8 GB)
+# axolotl pins every version, including torch's, so it gets a complete environment of its own (8 GB)
 test-axolotl:
 	@$(PYTHON312) -c "import sys; sys.exit(sys.version_info < (3, 12))" 2> /dev/null \
 	  || { echo "test-axolotl: $(PYTHON312) is not Python 3.12, which axolotl needs; add PYTHON312=<path of a Python 3.12>" >&2; exit 2; }

@@ -39,7 +39,7 @@ def measure_opening(folder: str, dim: int) -> tuple[float, float, int]:
 
 
 def measure_reading(folder: str, dim: int, images: int, seconds: float, seed: int) -> float:
-    """Returns the number of keys per second that are found in batches of random images."""
+    """Returns the number of keys found per second in random batches of images."""
     cache, rng = FeatureCache(folder, TEACHER, dim), np.random.default_rng(seed)
     keys, count, start = [keys_of(first, SHARD) for first in range(0, images, SHARD)], 0, time.perf_counter()
     while time.perf_counter() - start < seconds:

@@ -1,7 +1,7 @@
 """Compares the speed of ``score_heads`` with the published procedure: ``python benchmarks/mknn.py [--threads 1]``.
 
 Each variant runs in a new process, and the fastest of several rounds counts. The published procedure runs on a few
-heads, and its time is scaled to all heads. Like real heads, the heads are aligned to different degrees.
+heads, and its time is scaled to all heads. Like real heads, the simulated heads are aligned to different degrees.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def make_inputs(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def measure(variant: str, args: argparse.Namespace) -> tuple[float, float]:
-    """Returns the seconds and the CPU seconds of a variant for all heads."""
+    """Returns the seconds and the CPU seconds that a variant takes for all heads."""
     torch.set_num_threads(args.threads)
     pooled, weight, neighbors = make_inputs(args)
     n_heads, scale, parts = args.layers * args.heads, 1.0, weight.split(args.head_dim, dim=1)

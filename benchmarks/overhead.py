@@ -5,9 +5,9 @@
     python benchmarks/overhead.py recipes/transformers/sft_vlm_hera.py [--option=value ...]
     python benchmarks/overhead.py my_axolotl.yaml [key=value ...]    # the file must list HeraPlugin in its plugins
 
-The host prepares the trainer of the recipe, which then takes three kinds of steps on the same batches in random order:
-SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. The times include collating and
-the optimizer, and are medians over the rounds; CPU seconds are those of this process. On a GPU, peak memory counts all
+The host prepares the recipe's trainer, which then takes three kinds of steps on the same batches in random order:
+SFT without hooks, HeRA with cached teacher features, and HeRA that runs the teacher. The times include collation and
+the optimizer, and are medians over the rounds; CPU seconds count only this process. On a GPU, peak memory counts all
 tensors; on a CPU, it counts the tensors that the step allocates. The output is the last part of a Markdown table row.
 """
 
@@ -33,7 +33,7 @@ from llamafactory_hera.objectives import find
 from llamafactory_hera.training import HeraCollator
 
 SFT, CACHED, ON_THE_FLY = KINDS = ("SFT", "cached", "on the fly")
-#: A round takes one of these batches through all kinds of steps.
+#: Each round runs one of these batches through all kinds of steps.
 N_BATCHES = 4
 
 
@@ -72,7 +72,7 @@ class Bench:
             aligner.capture.install()
         aligner.teacher.cache = self.cache if kind == CACHED else None
         started, cpu_started = time.perf_counter(), time.process_time()
-        owner = super(MethodTrainerMixin, trainer) if kind == SFT else trainer  # the step of the host, or of HeRA
+        owner = super(MethodTrainerMixin, trainer) if kind == SFT else trainer  # the host's step or HeRA's
         for micro in range(self.accumulate):
             rows = self.batches[(number * self.accumulate + micro) % N_BATCHES]
             owner.training_step(model, self.collators[kind]([dict(sample) for sample in rows]))
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--threads", type=int, default=1)
     options, scripts = parser.parse_known_args()
     options.overrides += scripts

@@ -1,9 +1,9 @@
-"""Makes a LLaVA and a DINOv2-L of full size with random weights, so that ``overhead.py`` can measure realistic costs.
+"""Makes a full-size LLaVA and DINOv2-L with random weights, so that ``overhead.py`` can measure realistic costs.
 
     python recipes/demo
     python benchmarks/random_model.py qwen3_4b hera_demo random_4b [--layers N] [--device cuda]
 
-The vision encoder has the size of the paper's, with 729 tokens per image. The tokenizer is that of the demo.
+The vision encoder is as large as the paper's, with 729 tokens per image. The tokenizer comes from the demo.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("backbone", choices=LANGUAGE_MODELS)
     parser.add_argument("demo", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--layers", type=int, help="number of decoder layers; by default all")
+    parser.add_argument("--layers", type=int, help="number of decoder layers (default: all)")
     parser.add_argument("--device", default="cpu", help="device on which the weights are drawn")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Records the numbers that a restructuring must not change, and compares two records.
 
-Run ``python -m benchmarks.record record FILE.json`` before and after the restructuring, ten minutes each on two cores.
+Run ``python -m benchmarks.record record FILE.json`` before and after restructuring (ten minutes each on two cores).
 Then ``python -m benchmarks.record compare BEFORE.json AFTER.json`` prints all numbers that differ.
 """
 
@@ -31,7 +31,7 @@ CALIBRATIONS = {"paper": [], "no CAF": ["rah_targets=no_caf", "rah_rank=4"], "pr
 
 
 def run(command: list[str], folder: Path) -> str:
-    """Runs a command in a folder and returns its output; if it fails, the recording stops."""
+    """Runs a command in a folder and returns its output; if the command fails, the recording stops."""
     print(" ".join(command)[-150:], flush=True)
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     if done.returncode:

@@ -32,7 +32,7 @@ HEADS, DIM_TEACHER, K = 5, 1024, 10
 class Traffic:
     """Computes the bytes that this process sends in the term's collectives, by the formulas of ring algorithms.
 
-    If ``simulated``, the collectives send nothing, and ``seconds`` is the time for creating the rows of others.
+    If ``simulated``, the collectives send nothing, and ``seconds`` is the time for creating the other processes' rows.
     """
 
     def __init__(self, simulated: bool) -> None:
@@ -55,7 +55,7 @@ class Traffic:
 
 
 def peak_bytes(step: Any) -> int:
-    """Returns the peak of the memory that a call allocates."""
+    """Returns the peak memory that a call allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=int, nargs="+", help="samples of the global batch")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--own", type=int, help="simulate one process, which holds this number of samples")
+    parser.add_argument("--own", type=int, help="simulate one process with this number of samples")
     parser.add_argument("--dim", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Compares the time of a selection with the time of the bare forward passes of the same batches.
+"""Compares the time of a selection with the time of bare forward passes on the same batches.
 
     python benchmarks/selection.py [--samples 128] [--dim 1024] [--rounds 3] [--threads 2]
 
 The selection begins with image files and captions, and ends with ``heads.json``. The bare passes run the teacher and
-the language model on prepared batches, and record no outputs of heads. The fastest of several rounds counts.
+the language model on prepared batches without recording head outputs. The fastest of several rounds counts.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Measures the time that the plugin adds to every start of Python: ``python benchmarks/start.py [--rounds 150]``.
 
 Python starts alternately in two environments, without and with the plugin. Both environments have as many entries in
-site-packages as the environment that runs this script, because Python lists this folder at the first import.
+site-packages as the environment that runs this script, because Python lists that folder at the first import.
 """
 
 import argparse

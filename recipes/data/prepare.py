@@ -4,8 +4,8 @@
     python recipes/data/prepare.py grand FOLDER_OF_ANNOTATIONS
     python recipes/data/prepare.py finevision FOLDER_OF_SUBSETS [SUBSET[=ROWS] ...]
 
-The results are written next to ``dataset_info.json``. The first two commands need only Python. They skip rows whose
-image is missing from the dataset's ``images`` folder, and count them. The last command fills that folder from parquet
+The results are written next to ``dataset_info.json``. The first two commands need only Python. They skip and
+count rows whose image is missing from the dataset's ``images`` folder. The last command fills that folder from parquet
 files; it needs pyarrow and pillow, which LLaMA-Factory installs.
 """
 
@@ -28,7 +28,7 @@ FINEVISION_ROWS = 83_000
 
 
 def find_image(name: str, images: Path) -> str | None:
-    """Returns the name of an image file in ``images``, possibly with another suffix, or None if there is none."""
+    """Returns the name of an image file in ``images``, possibly with another suffix, or None if it is missing."""
     if (images / name).is_file():
         return name
     stem = Path(name).with_suffix("")
@@ -39,8 +39,8 @@ def instruct_rows(source: Path, images: Path, counts: Counter) -> Iterator[dict[
     """Reads the rows of LLaVA's 665k mixture.
 
     All ids become text, because `datasets` cannot load numbers and text in one column. The image token moves to the
-    start of the first turn, where LLaVA puts it. In text-only rows, it is replaced, because LLaMA-Factory would look
-    for an image.
+    start of the first turn, where LLaVA puts it. In text-only rows, the word "image" replaces the token, because
+    LLaMA-Factory would look for an image.
     """
     for row in json.loads(source.read_text(encoding="utf-8")):
         name = row.get("image")

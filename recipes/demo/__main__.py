@@ -16,11 +16,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the data and the weights (default: %(default)s)")
     parser.add_argument("--size", choices=SIZES, default="demo", help="test builds less data and trains less")
     parser.add_argument("--force", action="store_true", help="replace an earlier demo")
-    compared = "also train with and without HeRA in saves/, and compare; --seed is then also the seed of training"
+    compared = "also train with and without HeRA in saves/, and compare the models; --seed then seeds training, too"
     parser.add_argument("--compare", action="store_true", help=compared)
     options = parser.parse_args()
     if options.compare and options.output != "hera_demo":
-        parser.error("--compare needs --output hera_demo, the folder in the recipes; run it in another folder.")
+        parser.error("--compare needs --output hera_demo, as in the recipes; run it in another folder.")
     try:
         if options.compare:
             from recipes.demo.verdict import compare  # importing it takes seconds

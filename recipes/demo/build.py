@@ -11,7 +11,7 @@ from llamafactory_hera.files import read_json, write_json
 from . import models
 from .dataset import Amounts, make_samples, write_dataset
 
-#: The file that marks a finished demo: the request, the library versions, and the losses of each training.
+#: The file that marks a finished demo. It contains the request, the library versions and each model's losses.
 RECORD = "demo.json"
 _LIBRARIES = ("torch", "transformers", "tokenizers", "pillow", "scikit-learn", "scikit-image", "llamafactory-hera")
 
@@ -50,11 +50,11 @@ def build_demo(
         Paths by name: ``root``, ``model`` (the LLaVA), ``language_model``, ``teacher`` and ``data`` (the dataset).
 
     Raises:
-        ValueError: The folder exists and is not the demo of this seed and size or, with ``force``, not a demo at all.
+        ValueError: The folder contains something other than a demo or, without ``force``, a different demo.
     """
     root, request = Path(output_dir).resolve(), {"seed": seed, "size": size}
     if _is_built(root, request, force):
-        print(f"[hera demo] {output_dir} exists already (seed {seed}, size {size})", flush=True)
+        print(f"[hera demo] {output_dir} already exists (seed {seed}, size {size})", flush=True)
         return _paths(root)
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
@@ -72,7 +72,7 @@ def _paths(root: Path) -> dict[str, Path]:
 
 
 def _is_built(root: Path, request: dict[str, Any], force: bool) -> bool:
-    """Returns whether the folder contains the requested demo; raises ``ValueError`` if it must not be replaced."""
+    """Returns True if the requested demo can stay; raises ``ValueError`` if the folder must not be replaced."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / RECORD).is_file():

@@ -1,12 +1,12 @@
 """Writes the demo's dataset in LLaMA-Factory's sharegpt format to one folder.
 
-- ``dataset_info.json`` declares four datasets. A conversation of ``hera_demo`` has questions about a training image,
-  and a caption before or after them. ``hera_demo_heldout`` has held-out images, with the caption last.
+- ``dataset_info.json`` declares four datasets. Each conversation in ``hera_demo`` asks about a training image, with a
+  caption before or after the questions. ``hera_demo_heldout`` has held-out images, with the caption last.
   ``hera_demo_captions`` has the training images with only their captions, for stage 1 and the selection of heads.
   ``hera_demo_text`` has no images.
 - ``demo_questions.json`` lists the questions about held-out images, for ``llamafactory-hera eval --suite demo``.
-- ``images/*.png`` are rendered scenes, and the digits and photographs that scikit-learn and scikit-image ship. No
-  digit is in both splits, and held-out photographs share no pixel with training photographs.
+- ``images/*.png`` are rendered scenes, and digits and photographs from scikit-learn and scikit-image. No digit is in
+  both splits, and held-out photographs share no pixel with training photographs.
 """
 
 import random
@@ -60,7 +60,7 @@ class Sample(NamedTuple):
 
 
 def conversation(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Converts pairs of question and answer to a list of messages."""
+    """Converts question-answer pairs to a list of messages."""
     roles = ("user", "assistant")
     return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
 
@@ -76,7 +76,7 @@ class Region(NamedTuple):
 
 
 def _texture(source: str, subject: str, caption: str) -> tuple[Region, Region]:
-    """Splits a picture of a uniform texture into a left part for training and a right part that is held out."""
+    """Splits a picture of a uniform texture into a left part for training and a held-out right part."""
     left, right = (0.0, 0.0, 0.6, 1.0), (0.62, 0.0, 1.0, 1.0)
     return Region(source, left, subject, caption), Region(source, right, subject, caption, "held_out")
 
@@ -129,7 +129,7 @@ def make_samples(train: Amounts, held_out: Amounts, seed: int) -> dict[Split, li
 def photographs(count: int, rng: random.Random, split: Split) -> list[Sample]:
     """Crops squares from the regions of a split in turn, and scales them to ``PHOTO_SIDE`` pixels.
 
-    The side of a square is 80 to 100% of the shorter side of its region.
+    A square's side is 80% to 100% of its region's shorter side.
     """
 
     @cache
@@ -176,7 +176,7 @@ def _real_sample(
 
 
 def text_conversations(rng: random.Random) -> list[list[dict[str, str]]]:
-    """Builds conversations without images, about sums and comparisons of small numbers in words."""
+    """Builds conversations without images about sums and comparisons of small numbers, written as words."""
     turns = []
     for i, first in enumerate(NUMBERS):
         for j, second in enumerate(NUMBERS):

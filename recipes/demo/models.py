@@ -1,7 +1,7 @@
-"""The demo's models: a byte-level tokenizer, a tiny Qwen3, a SigLIP tower, a LLaVA of these two, a DINOv2 teacher.
+"""The demo's models: a tokenizer, a tiny Qwen3, a SigLIP tower, a LLaVA made of both, and a DINOv2 teacher.
 
-Each model is trained for a few seconds, only on the training data. The teacher sees only the images; it sees no text,
-labels or properties of the scenes. The projector stays random until stage 1 trains it.
+Each model is trained for a few seconds, only on the training data. The teacher sees only the images, not the
+text, the labels or the properties of the scenes. The projector stays random until stage 1 trains it.
 """
 
 import math
@@ -20,7 +20,7 @@ MAX_LENGTH, VOCABULARY = 512, 600
 SIDE, PATCH = 32, 8
 
 SPECIAL_TOKENS = END_OF_TEXT, TURN_START, TURN_END, IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-# ChatML. The content of a message is text, or a list of images and texts; a line break follows an image.
+# ChatML. The content of a message is text, or a list of images and texts; a line break follows each image.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' -}}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 class Encoder(NamedTuple):
-    """The sizes of a vision transformer with four heads (pixels and channels), and its peak learning rate."""
+    """The sizes (in pixels and channels) and the peak learning rate of a vision transformer with four heads."""
 
     side: int = SIDE
     patch: int = PATCH
@@ -91,7 +91,7 @@ def _optimize(
 
 
 def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with Qwen's chat tokens, which encodes any text without loss."""
+    """Trains a byte-level BPE tokenizer, which is lossless for any text, with Qwen's chat tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -99,7 +99,7 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
     n_words = VOCABULARY - len(SPECIAL_TOKENS)
     trainer = trainers.BpeTrainer(vocab_size=n_words, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the tokens of the text, as in Qwen
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # after the text tokens, as in Qwen
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
@@ -115,7 +115,7 @@ def train_tokenizer(texts: Iterable[str]) -> hf.PreTrainedTokenizerFast:
 def new_language_model(
     tokenizer: hf.PreTrainedTokenizerBase, head_dim: int = 16, intermediate_size: int = 256
 ) -> hf.Qwen3ForCausalLM:
-    """Creates a random Qwen3 of five layers, 8 query and 4 key-value heads, with head_dim != hidden_size / heads."""
+    """Creates a random Qwen3 with 5 layers, 8 query and 4 key-value heads, and head_dim != hidden_size / heads."""
     stops: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape: dict[str, Any] = {"hidden_size": 96, "intermediate_size": intermediate_size, "head_dim": head_dim}
     heads: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -148,7 +148,7 @@ def train_vision_tower(
 ) -> tuple[hf.SiglipVisionModel, hf.SiglipImageProcessor, list[float]]:
     """Trains a SigLIP vision model as a masked autoencoder.
 
-    Half of the patches are masked. A linear layer, which is discarded afterwards, predicts all pixels from the patch
+    Half of the patches are masked. A linear layer, which is discarded afterward, predicts all pixels from the patch
     tokens that LLaVA reads (``vision_feature_layer: -1``).
 
     Returns:
@@ -202,7 +202,7 @@ def assemble_llava(
 
 
 def random_view(pixels: torch.Tensor) -> torch.Tensor:
-    """Creates one random view of each image, without mirroring, and with colors that stay recognizable.
+    """Creates a random view of each image, not mirrored and with recognizable colors.
 
     Args:
         pixels: Normalized images ``[B, 3, S, S]``.
@@ -227,7 +227,7 @@ def train_teacher(
     view: Callable[[torch.Tensor], torch.Tensor] = random_view,
     encoder: Encoder = _TEACHER,
 ) -> tuple[hf.Dinov2Model, hf.BitImageProcessor, list[float]]:
-    """Trains a DINOv2 model by SimCLR (arXiv 2002.05709).
+    """Trains a DINOv2 model with SimCLR (arXiv 2002.05709).
 
     The InfoNCE loss makes the two random views of an image most similar to each other among all views in the batch. It
     compares cosines of CLS tokens, at a temperature of 0.1, after a two-layer projection that is later discarded.

@@ -2,9 +2,9 @@
 
 A scene contains one to four objects on a 2×2 grid. Each shape has a preferred color, which it takes with probability
 ``COLOR_BIAS``. The answers to many color questions can therefore be guessed from the text; the others require the
-image. Each shape also has one held-out color, the preferred color of the next shape. No training scene and no training
-question contains a shape in its held-out color. Every held-out scene contains at least one such object, so it is a new
-combination of known shapes and colors.
+image. Each shape also has one held-out color, the preferred color of the next shape. No training scene or question
+contains a shape in its held-out color. Every held-out scene contains at least one such object, a new combination of
+known shapes and colors.
 """
 
 import random
@@ -94,8 +94,8 @@ def sample_scene(
 
     Args:
         rng: The source of randomness.
-        split: ``train``, or another split, whose scenes contain at least one object with a color reserved for it.
-        kept_colors: Maps shape, row and column to the color that each split except ``train`` reserves for them.
+        split: ``train``, or a split whose scenes contain at least one object in a color reserved for that split.
+        kept_colors: Maps a shape, row and column to the colors that splits other than ``train`` reserve for them.
         most: The largest number of objects.
     """
     cells = sorted(rng.sample(range(GRID**2), rng.randint(1, most)))
@@ -123,7 +123,7 @@ def place(rng: random.Random, shape: str, color: str, size: str, row: int, colum
 
 
 def render(scene: Scene) -> Image.Image:
-    """Renders the scene as an RGB image without smoothing, so every object has the exact color of the palette."""
+    """Renders the scene as an RGB image without smoothing, so every object has an exact palette color."""
     side = GRID * CELL
     pixels = np.full((side, side, 3), scene.background, dtype=np.uint8)
     rows, columns = np.mgrid[:side, :side]
@@ -167,7 +167,7 @@ def _name(scene: Scene, item: SceneObject) -> str | None:
 
 
 def _related(scene: Scene) -> list[tuple[int, int, str, str, str, str]]:
-    """Lists the relations of objects that have a name: i, j, name of i, name of j, relation, opposite relation."""
+    """Lists the relations between named objects: i, j, name of i, name of j, relation, opposite relation."""
     found = []
     for (i, a), (j, b) in permutations(enumerate(scene.objects), 2):
         first, second = _name(scene, a), _name(scene, b)
@@ -182,7 +182,7 @@ def questions(scene: Scene, pairs: Iterable[tuple[str, str]]) -> list[Question]:
 
     Args:
         scene: The scene.
-        pairs: The (color, shape) pairs to ask about; training questions ask about no held-out pair.
+        pairs: The (color, shape) pairs to ask about; training questions never ask about a held-out pair.
     """
     objects = scene.objects
     found = [Question("count", "How many objects are there?", NUMBERS[len(objects)])]

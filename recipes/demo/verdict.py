@@ -1,7 +1,7 @@
 """``python recipes/demo --compare``: trains the demo's model with and without HeRA, and interprets the results.
 
-It runs the commands that a user would run: ``llamafactory-cli train``, and ``llamafactory-hera`` with ``score``,
-``eval`` and ``report``. All of them run on the CPU. Their logs are in ``saves/demo_logs/``.
+The script runs the commands that a user would run: ``llamafactory-cli train``, and ``llamafactory-hera`` with
+``score``, ``eval`` and ``report``. All run on the CPU and log to ``saves/demo_logs/``.
 """
 
 import os
@@ -31,10 +31,10 @@ from llamafactory_hera.teachers.cache import FeatureCache
 
 from .build import build_demo
 
-#: The compared models: the initial model of both runs, and the models that the recipes write.
+#: The compared models: the initial model of both runs, and the models that the runs write.
 MODELS = {"before": "hera_demo/model", "SFT": "saves/demo_sft", "HeRA": "saves/demo_hera"}
 _RECIPES = {name: os.path.relpath(Path(__file__).with_name(f"{name.lower()}.yaml")) for name in ("SFT", "HeRA")}
-#: The keys with which models are scored: on held-out images, with the images.
+#: The keys for scoring: the models see the held-out images, not only the captions.
 _SCORING = ("dataset=hera_demo_heldout", "hera_select_samples=128", "hera_select_mode=mllm")
 _HEADS = f"{MODELS['HeRA']}/hera/heads.json"
 _LOGS, _EVALUATION, _PAGE = Path("saves/demo_logs"), Path("saves/demo_eval"), Path("saves/demo")
@@ -42,7 +42,7 @@ _RESAMPLES, _LAST_LINES = 1000, 12
 
 
 class Difference(NamedTuple):
-    """The difference between HeRA and plain fine-tuning, with the ends of its 95 % interval."""
+    """The difference between HeRA and plain fine-tuning, with the ends of its 95% interval."""
 
     value: float
     low: float
@@ -55,7 +55,7 @@ class Difference(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The results of the comparison: the values of each model, by name, and the differences between HeRA and SFT."""
+    """The results of the comparison: each model's values by name, and the differences between HeRA and SFT."""
 
     mknn: Mapping[str, float]  #: The mean over the aligned heads.
     mknn_difference: Difference
@@ -69,12 +69,12 @@ def compare(seed: int = 0, size: str = "demo", force: bool = False) -> str:
     """Builds, trains, scores and evaluates in the working directory, and returns the table and the verdict.
 
     Args:
-        seed: The seed of the demo and of both trainings.
+        seed: The seed of the demo and of both training runs.
         size: The size of the demo.
         force: True to replace an earlier demo in ``hera_demo/``.
 
     Raises:
-        ValueError: A step failed; the message contains the last lines of its log, and the path of the log.
+        ValueError: A step failed; the message contains the path and the last lines of the step's log.
     """
     torch.set_num_threads(1)  # the models are so small that threads would mostly wait for each other
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -106,7 +106,7 @@ def compare(seed: int = 0, size: str = "demo", force: bool = False) -> str:
 
 @contextmanager
 def _step(title: str, name: str) -> Iterator[None]:
-    """Prints the title of a step, redirects all output of the step to a log file, and then prints the seconds."""
+    """Prints a step's title, redirects the step's output to a log file, and finally prints the seconds."""
     log, start, failed = _LOGS / f"{name}.log", time.perf_counter(), False
     print(f"  {title:<66}", end=" ", flush=True)
     streams = {number: os.dup(number) for number in (1, 2)}
@@ -131,14 +131,14 @@ def _step(title: str, name: str) -> Iterator[None]:
 
 
 def _run(*arguments: str) -> None:
-    """Runs ``llamafactory-hera`` in this process, because another one would import everything again."""
+    """Runs ``llamafactory-hera`` in this process, because a new process would import everything again."""
     print("$ llamafactory-hera", *arguments, flush=True)
     if status := cli.main(arguments):
         raise ValueError(f"llamafactory-hera {arguments[0]} ended with status {status}")
 
 
 def _train(seed: int) -> None:
-    """Runs both trainings at the same time, each in a process with one thread."""
+    """Trains both models at the same time, each in a process with one thread."""
     runs: dict[str, subprocess.Popen] = {}
     try:
         for name, recipe in _RECIPES.items():
@@ -165,7 +165,7 @@ def agreement(model: str, heads: Targets) -> np.ndarray:
     read = read_recipe(_RECIPES["HeRA"], _SCORING, model_name_or_path=model)
     config, inputs = read.config, selection_inputs(read.config, read.host)
     samples, teacher, network = draw_samples(inputs.source, config), inputs.load_teacher(), inputs.load_model()
-    cache = FeatureCache(str(config.teacher_cache), teacher.fingerprint, teacher.dim)  # filled by the scoring
+    cache = FeatureCache(str(config.teacher_cache), teacher.fingerprint, teacher.dim)  # filled while scoring
     features = torch.stack([feature for feature in cache.get([s.key for s in samples]) if feature is not None])
     expected = nearest_neighbors(features, config.select_k, config.normalize)
     outputs, _ = pooled_outputs(inputs, network, [sample.features for sample in samples], config)
@@ -179,7 +179,7 @@ def agreement(model: str, heads: Targets) -> np.ndarray:
 
 
 def measure(agreements: Mapping[str, np.ndarray], evaluation: Path, chance: float) -> Measured:
-    """Combines the agreements of each model with the table of an evaluation, whose first model is SFT."""
+    """Combines the agreements of each model with an evaluation's table, whose first model is SFT."""
     row = read_json(evaluation)["rows"][0]
     mknn = {name: float(values.mean()) for name, values in agreements.items()}
     difference = interval(agreements["HeRA"] - agreements["SFT"])
@@ -187,7 +187,7 @@ def measure(agreements: Mapping[str, np.ndarray], evaluation: Path, chance: floa
 
 
 def interval(differences: np.ndarray) -> Difference:
-    """Computes the mean of paired differences, with its 95 % interval from a bootstrap over the samples."""
+    """Computes the mean of paired differences, and its 95% interval by bootstrapping the samples."""
     draws = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
     low, high = np.percentile(differences[draws].mean(axis=1), [2.5, 97.5])
     return Difference(float(differences.mean()), float(low), float(high))
@@ -198,7 +198,7 @@ def interval(differences: np.ndarray) -> Difference:
 
 def table(found: Measured) -> str:
     """Renders the results in at most 80 columns."""
-    lines = [f"{'':26}{'before':>8}{'SFT':>8}{'HeRA':>8}   HeRA - SFT [95 %]"]
+    lines = [f"{'':26}{'before':>8}{'SFT':>8}{'HeRA':>8}   HeRA - SFT [95%]"]
     for title, values, change, form in (
         ("MKNN of the aligned heads", found.mknn, found.mknn_difference, ".3f"),
         (f"accuracy, {found.questions} questions, %", found.accuracy, found.accuracy_difference, ".1f"),
@@ -212,16 +212,16 @@ def table(found: Measured) -> str:
 def verdict(found: Measured) -> str:
     """Interprets the differences in two sentences."""
     shares = (found.mknn["HeRA"], found.mknn["SFT"], found.chance)
-    alignment = {1: "Alignment rose", 0: "Alignment did not rise beyond its interval", -1: "Alignment fell"}
+    alignment = {1: "Alignment rose", 0: "Alignment did not clearly change", -1: "Alignment fell"}
     first = (
-        "{}: after HeRA, the aligned heads share {:.0%} of their nearest images with the teacher, after plain "
-        "fine-tuning (SFT) {:.0%}, and by chance {:.0%}."
+        "{}: after HeRA, the aligned heads share {:.0%} of their nearest images with the teacher, compared with "
+        "{:.0%} after plain fine-tuning (SFT) and {:.0%} by chance."
     ).format(alignment[found.mknn_difference.sign], *shares)
-    value, questions = f"{abs(found.accuracy_difference.value):.1f}", f"of the {found.questions} questions"
+    value, questions = f"{abs(found.accuracy_difference.value):.1f}", f"on the {found.questions} questions"
     second = {
-        1: f"Accuracy rose: HeRA answers {value} points more {questions} correctly than SFT, beyond the interval.",
-        0: f"Accuracy does not differ beyond its interval: {found.questions} questions cannot tell whether HeRA helps "
+        1: f"Accuracy rose: {questions}, HeRA scores {value} points more than SFT, and the interval excludes 0.",
+        0: f"Accuracy did not clearly change: {found.questions} questions are too few to show whether HeRA helps "
         "or harms the answers of so small a model.",
-        -1: f"Accuracy fell: HeRA answers {value} points fewer {questions} correctly than SFT, beyond the interval.",
+        -1: f"Accuracy fell: {questions}, HeRA scores {value} points less than SFT, and the interval excludes 0.",
     }
     return fill(f"{first} {second[found.accuracy_difference.sign]}", 80)

@@ -12,7 +12,7 @@ from .text import Recipe
 FOLDER = "ablations"
 #: The two LLMs of the paper's table 1, and the LLM of table 4.
 MODELS, RIVALRY = ("qwen2_5_3b", "qwen3_4b"), "qwen3_8b"
-#: The lines of recipes/README.md between which the generator writes its tables.
+#: The generator writes its tables between these lines of recipes/README.md.
 MARKS = ("<!-- ablations: generated -->", "<!-- end of ablations -->")
 
 #: The paper selects heads on captions from GranD (recipes/data/README.md).
@@ -28,7 +28,7 @@ class Row:
     Attributes:
         name: The row's part of the file name.
         title: A description for the header and the table.
-        keys: The keys that differ; an integer ``hera_heads`` is a number of the paper's heads.
+        keys: The changed keys; an integer ``hera_heads`` says how many of the paper's heads to use.
         paper: The paper's vision average on the two LLMs.
         note: A sentence for the header.
     """
@@ -56,19 +56,19 @@ _FEATURE = (
     "paper leaves some choices open, mainly the objective's projector; docs/rivals.md lists them."
 )
 _VIRAL = (
-    "VIRAL reads hidden_states[n / 2]. The teacher and the weight are those of HeRA's paper; VIRAL's code uses "
-    "facebook/dinov2-base. Under LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has only one learning rate."
+    "VIRAL reads hidden_states[n / 2]. The teacher and the weight come from HeRA's paper; VIRAL's code uses "
+    "facebook/dinov2-base. With LoRA, VIRAL trains the projector at 2e-5; LLaMA-Factory has only one learning rate."
 )
 _CMAR = (
     "The paper states neither the weight nor the stages. The weight of 0.1 comes from a reproduction; HeRA's weight "
     "is 0.01. Alignment in both stages is this project's choice."
 )
 _ROSS = (
-    "The data are the 665k instructions of HeRA's paper; ROSS's code uses 737k. The memory above does not include the "
-    "denoiser (64 million parameters in fp32 and their AdamW states) or its activations."
+    "The data are the 665k instructions of HeRA's paper; ROSS's code uses 737k. The memory figures above exclude the "
+    "denoiser (64 million fp32 parameters with AdamW states) and its activations."
 )
 _JARVIS = "Stage 2 is plain fine-tuning. hera_visual_attention: two_way uses JARVIS's attention; see docs/rivals.md."
-_JARVIS_TWO = "JARVIS is only part of stage 1."
+_JARVIS_TWO = "Only stage 1 uses JARVIS."
 _GRAM = (
     "LaVer compares the student with a moving average of itself and adds a loss on masked tokens; here, the teacher "
     "is a frozen vision encoder, and no token is masked (docs/rivals.md). The layer and the weight are LaVer's."
@@ -81,11 +81,11 @@ _MIDDLE = (
     "layers."
 )
 _VAE_NEED = (
-    "an AutoencoderKL. ROSS uses FLUX.1-dev's autoencoder, whose license you must accept: hf download "
+    "an AutoencoderKL. ROSS uses FLUX.1-dev's; accept its license, then run: hf download "
     "black-forest-labs/FLUX.1-dev --include 'vae/*' --local-dir models/flux"
 )
 VAE = "models/flux/vae"
-_TEN = "The run prints a warning: with ten heads, the paper's Qwen2.5-3B collapsed."
+_TEN = "The run warns that the paper's Qwen2.5-3B collapsed with ten heads."
 
 ROWS = (
     Row(
@@ -141,7 +141,7 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
         second = dict(first)
         key = "hera_layers" if "hera_layers" in first else "hera_heads"
         if first[key] == "auto":
-            # Stage 2 continues with the selection of stage 1, which did not change the language model.
+            # Stage 2 reuses stage 1's selection, because stage 1 does not change the language model.
             path = f"{stage_one}/hera/{key.removeprefix('hera_')}.json"
             dropped = {"hera_select", *_GRAND} | ({"hera_select_m"} if first["hera_select_m"] == 5 else set())
             second = {k: path if k == key else v for k, v in first.items() if k not in dropped}
@@ -152,7 +152,7 @@ def ablations(model: Backbone, hera: Recipe) -> Iterator[Recipe]:
 
 
 def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Iterator[Recipe]:
-    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR, trained as in their sources, and except CMAR with LoRA.
+    """Makes the rows of table 4: ROSS, VIRAL, JARVIS and CMAR as in their sources, and all but CMAR also with LoRA.
 
     Two rows are not in the paper: LaVer's Gram loss, and fine-tuning of the middle layers.
 
@@ -163,7 +163,7 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
         lora: The recipe of its stage 2 with HeRA and LoRA.
     """
     saves = f"saves/{model.key}"
-    plain = f"Stage 1 has no alignment loss: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
+    plain = f"Run stage 1 without an alignment loss: `llamafactory-cli train recipes/{model.key}_pretrain.yaml"
     plain += f" output_dir={saves}/pretrain_sft stage=sft`."
     layers = SIZES[model.key].layers
     viral = {"hera_objective": "viral", **_LAYER, "hera_layers": f"L{layers // 2 - 1}", "hera_weight": 0.5}
@@ -189,7 +189,7 @@ def rivals(model: Backbone, pretrain: Recipe, hera: Recipe, lora: Recipe) -> Ite
         yield _changed(recipe, model, name, f"{model.title}, LLaVA {stage} with {title}.", start, keys, (), notes)
     for suffix, recipe in (("", hera), ("_lora", lora)):
         name, start = f"jarvis{suffix}", f"{saves}/jarvis_pretrain"
-        stage = f"stage 2{' by LoRA' if suffix else ''}"
+        stage = f"stage 2{' (LoRA)' if suffix else ''}"
         title = f"{model.title}, LLaVA {stage} without an alignment loss, after stage 1 with JARVIS."
         after = recipe.without_hera(f"{FOLDER}/{model.key}_{name}", title, f"{saves}/{name}", _JARVIS_TWO)
         yield _starting(after, start)
@@ -245,13 +245,13 @@ def _changed(
 
 
 def _stage_one(model: Backbone, keys: dict[str, Any], folder: str) -> str:
-    """Returns the sentence with the command of a stage 1 that has no recipe."""
+    """Returns a sentence with the command of stage 1, which has no recipe."""
     others = {"hera_heads": "null", **keys}
     if "hera_objective" in others:
         others["hera_memory"] = 0
     settings = " ".join(f"{key}={value}" for key, value in others.items())
     command = f"llamafactory-cli train recipes/{model.key}_pretrain.yaml output_dir={folder} {settings}"
-    return f"Stage 1 uses the same alignment: `{command}`."
+    return f"Run stage 1 with the same alignment: `{command}`."
 
 
 def index() -> str:
@@ -276,14 +276,14 @@ def index() -> str:
     first = {"ROSS": "ross_pretrain", "JARVIS": "jarvis_pretrain"}
     for title, paper in (("ROSS", "56.2"), ("VIRAL", "54.2"), ("JARVIS", "58.7"), ("CMAR", "56.9")):
         name = f"{FOLDER}/{RIVALRY}_{title.lower()}"
-        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "command in the header of stage 2"
+        one = _link(f"{FOLDER}/{RIVALRY}_{first[title]}") if title in first else "command in stage 2's header"
         by_lora = "–" if title == "CMAR" else _link(f"{name}_lora")
         lines.append(f"| {title} | {one} | {_link(name)} | {by_lora} | {paper} |")
     none, hera = _link(f"{RIVALRY}_sft"), _link(f"{RIVALRY}_hera")
     lines.append(f"| HeRA | {_link(f'{RIVALRY}_pretrain')} | {hera} | {_link(f'{RIVALRY}_hera_lora')} | 59.5 |")
-    lines.append(f"| none | command in the header of stage 2 | {none} | – | 55.9 |")
+    lines.append(f"| none | command in stage 2's header | {none} | – | 55.9 |")
     gram, middle = _link(f"{FOLDER}/{RIVALRY}_gram"), _link(f"{FOLDER}/{RIVALRY}_sft_middle_lora")
-    lines += ["", "Two more recipes are not in the paper. Their headers contain the command of stage 1:", ""]
+    lines += ["", "Two more recipes are not in the paper. Their headers contain the stage 1 command:", ""]
     lines += ["| Method | Stage 2 |", "| --- | --- |", f"| the Gram loss of LaVer | {gram} |"]
     lines += [f"| no alignment loss, LoRA adapters on the middle third of the layers | {middle} |"]
     return "\n".join(lines)

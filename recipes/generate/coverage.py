@@ -1,4 +1,4 @@
-"""The table of docs/backbones.md: the image-text-to-text models of transformers whose heads HeRA reads."""
+"""The table in docs/backbones.md of transformers' image-text-to-text models whose heads HeRA reads."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import transformers
 
 from llamafactory_hera.heads.families import FAMILIES, head_layout
 
-#: The lines of docs/backbones.md between which the generator writes.
+#: The generator writes between these lines of docs/backbones.md.
 MARKS = ("<!-- coverage: generated -->", "<!-- end of coverage -->")
 
 _REASONS = {
@@ -21,10 +21,10 @@ _REASONS = {
 
 
 def read_types() -> tuple[dict[str, str], dict[str, str]]:
-    """Reads the heads of each type with its default configuration.
+    """Reads the heads of each model type from its default configuration.
 
     Returns:
-        The text decoder by type, and the reason by refused type.
+        The text decoder of each supported type, and the reason for each refused type.
     """
     read, refused = {}, {}
     for config_class in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -41,7 +41,7 @@ def _reason(message: str) -> str:
 
 
 def _complete(config: Any) -> Any:
-    """Corrects the values of a default configuration that keep transformers from building the model."""
+    """Corrects default configuration values that keep transformers from building the model."""
     text = config.get_text_config()
     if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
         text.pad_token_id = None

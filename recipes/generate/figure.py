@@ -60,7 +60,7 @@ def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str,
 
 
 def _model(axes: Axes) -> None:
-    """Draws one layer of the language model: its heads, of which two are aligned, and the output projection."""
+    """Draws one layer of the language model: its heads, two of them aligned, and the output projection."""
     _box(axes, 1.75, 1.5, 2.6, 2.95, "", _INK)
     _text(axes, 3.05, 4.22, "a layer of the language model")
     _text(axes, 3.05, 1.72, "to the LM loss, as without HeRA", color=GRAY, style="italic")
@@ -74,7 +74,7 @@ def _model(axes: Axes) -> None:
 
 
 def _rows(axes: Axes, y: float, color: str, shares: Sequence[Sequence[float]]) -> None:
-    """Draws a square for each of three samples and six candidates; the last two candidates are remembered (dashed)."""
+    """Draws a square for each of three samples and six candidates; the last two, from memory, are dashed."""
     for row, values in enumerate(shares):
         for place, share in enumerate(values):
             corner = (7.85 + 0.42 * place, y + 0.96 - 0.45 * row)

@@ -6,17 +6,17 @@ from .sizes import Sizes
 
 GIB = 2**30
 
-#: Bytes per trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 needs as many, sharded over GPUs.
+#: Bytes per trained parameter: fp32 weight and gradient, two AdamW moments. ZeRO-3 shards the same bytes across GPUs.
 TRAINED_BYTES = 16
 #: Bytes per logit while the loss is computed: the bf16 logit, its fp32 copy, the softmax and the gradient.
 LOGIT_BYTES = 14
 #: Bytes per parameter that bitsandbytes stores in 4 bits, including the quantization constants.
 NF4_BYTES = 0.56
-#: CUDA context, DINOv2-L in bf16 with its activations, the activations of the vision tower, fragmentation.
+#: The CUDA context, DINOv2-L in bf16, its activations and the vision tower's, and fragmentation.
 OVERHEAD = 5 * GIB
 #: The fraction of a card that a recipe may fill.
 USABLE = 0.9
-#: The smallest number of samples to compare. The paper gives no number; this is the global batch of LLaVA's stage 2.
+#: The smallest number of samples to compare. The paper gives no number, so this is LLaVA's stage 2 global batch.
 CANDIDATES = 128
 
 
@@ -80,7 +80,7 @@ class Batches:
 def spread(work: Work, gpus: int) -> Batches:
     """Chooses the largest micro-batch that fits, and the ``hera_memory`` that replaces the missing candidates.
 
-    HeRA compares the samples of the micro-batches on all GPUs. If these are fewer than the global batch or than
+    HeRA compares the samples of the micro-batches on all GPUs. If they are fewer than the global batch or
     ``CANDIDATES``, ``hera_memory`` adds samples up to the larger of the two.
     """
     choices = [size for size in (32, 16, 8, 4, 2, 1) if size * gpus <= work.global_batch]

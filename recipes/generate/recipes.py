@@ -1,8 +1,8 @@
 """The recipes of all backbones in the table.
 
-The hyperparameters are those of LLaVA-1.5, as in the paper (arXiv 2606.23885). Stage 1 trains the projector with a
-global batch of 256 and a learning rate of 1e-3; stage 2 has a batch of 128 and a rate of 2e-5 (LoRA 2e-4). Both use a
-cosine schedule, 3 % warm-up, one epoch and bf16. The learning rates of finished VLMs are this project's choice.
+As in the paper (arXiv 2606.23885), the hyperparameters are LLaVA-1.5's. Stage 1 trains the projector with a global
+batch of 256 and a learning rate of 1e-3. Stage 2 uses a batch of 128 and a rate of 2e-5 (2e-4 with LoRA). Both use a
+cosine schedule, 3% warm-up, one epoch and bf16. This project chose the learning rates for existing VLMs.
 """
 
 from collections.abc import Iterator
@@ -20,21 +20,21 @@ from .sizes import SIZES, Sizes
 from .text import Recipe, render
 
 GPUS = (1, 8, 32)
-#: The number of GPUs for which the keys of a recipe are set; the header also lists the settings for others.
+#: A recipe's keys are set for this number of GPUs; the header also lists the settings for other numbers.
 DEFAULT_GPUS = 8
 
-#: The number of parameters of the vision encoder of SigLIP2 SO400M without its pooling head, and its width.
+#: The parameter count (without the pooling head) and the width of SigLIP2 SO400M's vision encoder.
 N_VISION, VISION_WIDTH = 412_987_248, 1152
-CAPTION_TOKENS = 832  # 729 of the image and a short caption
+CAPTION_TOKENS = 832  # 729 image tokens and a short caption
 CUTOFF, LONG_CUTOFF = 2048, 4096
 LORA_RANK = 128
 QLORA_RANK = 16
 QLORA_CARD, QLORA_BATCH = 24, 32
 
-_TEACHER_NEED = (TEACHER, "the teacher; the first run downloads it, or set hera_teacher to a local folder")
-_PRETRAIN_NEED = ("recipes/data/llava_pretrain/", "558k captions and their images: recipes/data/README.md")
-_INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions and their images: recipes/data/README.md")
-_FINEVISION_NEED = ("recipes/data/finevision/", "83k samples of FineVision with their images: recipes/data/README.md")
+_TEACHER_NEED = (TEACHER, "the teacher; the first run downloads it unless hera_teacher is a local folder")
+_PRETRAIN_NEED = ("recipes/data/llava_pretrain/", "558k captioned images; see recipes/data/README.md")
+_INSTRUCT_NEED = ("recipes/data/llava_instruct/", "665k instructions with images; see recipes/data/README.md")
+_FINEVISION_NEED = ("recipes/data/finevision/", "83k FineVision samples with images; see recipes/data/README.md")
 _QUANT_NEED = ("bitsandbytes", "pip install bitsandbytes")
 
 
@@ -72,7 +72,7 @@ def _stage_two(model: Backbone, kind: Literal["hera", "hera_lora"]) -> Recipe:
     if kind == "hera_lora":
         trained = sizes.lora(LORA_RANK) + n_projector(sizes)
         work = Work(sizes, sizes.n_parameters + N_VISION, trained, CUTOFF, 128)
-        what, rate = "by LoRA with HeRA: adapters on the LLM, and full training of the projector.", "2.0e-4"
+        what, rate = "with LoRA and HeRA: adapters on the LLM, and full training of the projector.", "2.0e-4"
         keys = sections.lora(LORA_RANK, "multi_modal_projector")
     else:
         work = Work(sizes, N_VISION, sizes.n_parameters + n_projector(sizes), CUTOFF, 128, zero3=True)
@@ -106,7 +106,7 @@ def _baseline(model: Backbone) -> Recipe:
         f"first run `llamafactory-cli train recipes/{model.key}_pretrain.yaml stage=sft output_dir={stage_one}`, then "
         f"append `model_name_or_path={stage_one}` to the command above."
     )
-    title = f"{model.title}, LLaVA stage 2 without HeRA: the baseline of {hera.name}.yaml."
+    title = f"{model.title}, LLaVA stage 2 without HeRA: the baseline for {hera.name}.yaml."
     return hera.without_hera(f"{model.key}_sft", title, f"saves/{model.key}/sft", notes)
 
 
@@ -121,10 +121,10 @@ class _NativeKind:
 _NATIVE_KINDS = {
     "hera": _NativeKind("fine-tuned with HeRA: full training of the LLM and the projector.", "1.0e-5"),
     "hera_lora": _NativeKind(
-        "fine-tuned by LoRA with HeRA: adapters on the LLM, and full training of the projector.", "1.0e-4", LORA_RANK
+        "fine-tuned with LoRA and HeRA: adapters on the LLM, and full training of the projector.", "1.0e-4", LORA_RANK
     ),
     "hera_qlora": _NativeKind(
-        "fine-tuned by QLoRA with HeRA on one 24 GB card: adapters on the LLM in 4 bits.", "1.0e-4", QLORA_RANK, True
+        "fine-tuned with QLoRA and HeRA on one 24 GB card: adapters on the 4-bit LLM.", "1.0e-4", QLORA_RANK, True
     ),
 }
 
@@ -133,7 +133,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     kind, sizes = _NATIVE_KINDS[name], SIZES[model.key]
     finevision = dataset == "finevision"  # some of its rows have several images
     cutoff = LONG_CUTOFF if finevision or sizes.image_tokens > CUTOFF // 2 else CUTOFF
-    # The vision encoder is small, so its parameters count as parameters of the text decoder.
+    # The vision encoder is small, so its parameters are counted with the text decoder's.
     if kind.four_bit:
         trained = sizes.lora(kind.rank)
         work = Work(sizes, sizes.n_parameters, trained, cutoff, QLORA_BATCH, card=QLORA_CARD, four_bit=True)
@@ -146,7 +146,7 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
     keys = sections.lora(kind.rank, None if kind.four_bit else sizes.projector) if kind.rank else sections.FULL
     checkpoint = (
         model.checkpoint,
-        "the model; the first run downloads it, or set model_name_or_path to a local folder",
+        "the model; the first run downloads it unless model_name_or_path is a local folder",
     )
     full_name, data_need = (f"{dataset}_{name}", _FINEVISION_NEED) if finevision else (name, _INSTRUCT_NEED)
     return Recipe(
@@ -168,19 +168,19 @@ def _native(model: Backbone, name: str, dataset: str = "llava_instruct") -> Reci
 
 
 def _finevision() -> Iterator[Recipe]:
-    """Makes the recipe of the paper's fine-tuning of a finished VLM (appendix D), and that of its baseline."""
+    """Makes the recipes for the paper's fine-tuning of an existing VLM (appendix D) and for its baseline."""
     model = NATIVE_MODELS["qwen3_vl_4b"]
     hera = _native(model, "hera", "finevision")
     notes = (
-        "The paper trains on 83k samples of FineVision but states neither the samples nor its settings. The learning "
-        "rate and the batch size are the same as in the other recipes for finished VLMs."
+        "The paper trains on 83k FineVision samples but specifies neither the samples nor its settings. The learning "
+        "rate and the batch size are the same as in the other recipes for existing VLMs."
     )
     yield replace(
         hera,
         title=f"{model.title}, fine-tuned on FineVision with HeRA: full training of the LLM and the projector.",
         notes=notes,
     )
-    title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline of {hera.name}.yaml."
+    title = f"{model.title}, fine-tuned on FineVision without HeRA: the baseline for {hera.name}.yaml."
     yield hera.without_hera(f"{model.key}_finevision_sft", title, f"saves/{model.key}/finevision_sft", notes)
 
 

@@ -9,7 +9,7 @@ from llamafactory_harc.config import HarcConfig
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import FIXED_KEYS, RESUMABLE_KEYS, SELECTION_KEYS, HeraConfig
 
-#: The keys that a run usually sets, and those that it sometimes sets. All others are rare.
+#: The keys that most runs set, and the keys that some runs set. All others are rare.
 USUAL = ("hera_heads", "hera_teacher", "hera_teacher_cache", "hera_weight", "hera_memory", "hera_select_mode")
 SOMETIMES = (
     "hera_k",
@@ -32,9 +32,8 @@ _PAGE = """\
 <!-- Written by `python recipes/generate`. Change the classes that declare the keys, not this page. -->
 
 Most runs set only `hera_teacher`, and `hera_weight` if they are short ([Which weight?](method.md#which-weight)). Set
-these keys next to those of your trainer: in a recipe, on a command line, or in the web UI. An invalid value stops a
-run before it loads a model. [Batch size and candidates](distributed.md#batch-size-and-candidates) explains
-`hera_memory`.
+these keys along with your trainer's: in a recipe, on a command line, or in the web UI. An invalid value stops a run
+before it loads a model. [Batch size and candidates](distributed.md#batch-size-and-candidates) explains `hera_memory`.
 
 In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm")`.
 
@@ -52,9 +51,8 @@ In Python, the keys have no prefix: `HeraConfig(heads="auto", select_mode="mllm"
 
 ## Changing keys between runs
 
-- A resumed run must keep the values of its checkpoint for {fixed}.
-- A resumed run may change {resumable}. It then prints a warning, because its curves do not continue those of the
-  checkpoint.
+- A resumed run must keep its checkpoint's values for {fixed}.
+- A resumed run may change {resumable}. It then warns that its curves do not continue the checkpoint's.
 - `auto` reuses an earlier selection in the same output folder if the model, the teacher, the dataset and these keys
   are unchanged: {selection}. Otherwise it selects again.
 

@@ -102,7 +102,7 @@ def train(batches: Batches, learning_rate: str, **keys: Any) -> Section:
             "learning_rate": learning_rate,
             "num_train_epochs": 1.0,
             "lr_scheduler_type": "cosine",
-            # transformers 4 reads warmup_steps: 0.03 as no warm-up
+            # not warmup_steps, because transformers 4 reads warmup_steps: 0.03 as no warm-up
             "warmup_ratio": 0.03,
             "bf16": True,
             "ddp_timeout": 180000000,

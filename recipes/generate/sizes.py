@@ -15,12 +15,12 @@ class Sizes:
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
         vocabulary: Number of rows in the embedding matrix.
-        n_parameters: Number of parameters in the LLM, or in the entire model of a finished VLM.
-        tied: True if input and output embedding share one matrix.
+        n_parameters: Number of parameters in the LLM, or in the entire model of an existing VLM.
+        tied: True if the input and output embeddings share one matrix.
         image_tokens: The largest number of tokens per image under LLaMA-Factory's default pixel limits.
         projector: Name of the module that maps image features into the decoder, as ``additional_target`` needs it.
-        linear_widths: Sum of the input and output widths of all linear layers in the text decoder, if these are not
-            the seven of a common layer.
+        linear_widths: Sum of the input and output widths of all linear layers in the text decoder; 0 if each decoder
+            layer has the usual seven.
         per_layer_inputs: Width of a second embedding, which gives each layer an input for each token.
     """
 
@@ -73,7 +73,7 @@ SIZES = {
     "qwen3_5_4b": Sizes(32, 16, 4, 256, 2560, 9216, 248320, 4_539_265_536, True, 576, MERGER, 2_029_056),
     "qwen3_5_9b": Sizes(32, 16, 4, 256, 4096, 12288, 248320, 9_409_813_744, False, 576, MERGER, 2_704_896),
     "qwen3_vl_8b": Sizes(36, 32, 8, 128, 4096, 12288, 151936, 8_767_123_696, False, 576, MERGER),
-    # the width of the MLP is the sum over the 8 experts of a token
+    # the MLP's width is the sum over the 8 experts that a token uses
     "qwen3_vl_30b_a3b": Sizes(48, 32, 4, 128, 2048, 6144, 151936, 31_070_754_032, False, 576, MERGER, 835_584),
     "gemma4_e4b": Sizes(42, 8, 2, 256, 2560, 10240, 262144, 7_941_100_832, True, 280, GEMMA4, 2_429_952, 42 * 256),
     "internvl3_5_8b": Sizes(36, 32, 8, 128, 4096, 12288, 151936, 8_528_318_464, image_tokens=256),

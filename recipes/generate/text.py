@@ -16,7 +16,7 @@ _COMMENTS = {
     "additional_target": "the projector, which lora_target: all does not include",
     "hera_memory": "see the table above",
     "gradient_accumulation_steps": "see the table above",
-    "train_sampling_strategy": "samples of similar length share a batch; in transformers 4, group_by_length: true",
+    "train_sampling_strategy": "batches samples of similar length; transformers 4 needs group_by_length: true",
     "media_dir": "image paths in the data are relative to this folder",
     "enable_thinking": "the data contain no thoughts, so the prompt ends with an empty thought",
     "default_system": "the template's default system message would turn thinking on",
@@ -90,7 +90,7 @@ def _batches(recipe: Recipe) -> list[str]:
     text = f"Global batch {work.global_batch} = GPUs x per_device_train_batch_size x gradient_accumulation_steps."
     if hera:
         text += (
-            " HeRA compares each sample with the other samples of its micro-batch on all GPUs and with hera_memory "
+            " HeRA compares each sample with the others in the micro-batch across all GPUs, and with hera_memory "
             "earlier samples."
         )
     lines = [*_wrap(text), "#", f"#   GPUs  per device  accumulation{'  hera_memory' if hera else ''}  memory per GPU"]
@@ -101,17 +101,18 @@ def _batches(recipe: Recipe) -> list[str]:
         row += f"  {plan.gib:.0f} GB" + ("" if plan.fits else ", too much for one card: use LoRA")
         lines.append(row + ("  <- set below" if chosen == (plan.per_device, plan.accumulation) else ""))
     text = (
-        f"For GPUs with {work.card} GB. The memory is a high estimate, computed from tensor sizes for sequences of "
-        f"{work.tokens} tokens; it was not measured."
+        f"Use GPUs with {work.card} GB. The memory figures are high estimates from tensor sizes for sequences of "
+        f"{work.tokens} tokens, not measurements."
     )
     others = [plan for plan in recipe.plans if plan.fits and (plan.per_device, plan.accumulation) != chosen]
     if others:
         other = others[-1]
         values = {"per_device_train_batch_size": other.per_device, "gradient_accumulation_steps": other.accumulation}
         values |= {"hera_memory": other.hera_memory} if hera else {}
-        text += f" For {other.gpus} GPUs, append {' '.join(f'{key}={value}' for key, value in values.items())}."
+        settings = " ".join(f"{key}={value}" for key, value in values.items())
+        text += f" For {other.gpus} GPUs, append {settings} to the command."
     if work.zero3:
-        text += f" A checkpoint with the optimizer state takes {work.checkpoint:.0f} GB."
+        text += f" A checkpoint with optimizer state takes {work.checkpoint:.0f} GB."
     return [*lines, "#", *_wrap(text)]
 
 

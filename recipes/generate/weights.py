@@ -6,8 +6,8 @@ import numpy as np
 
 from llamafactory_hera.plots import BLUE, GRAY, GREEN, ORANGE, new_figure, plain, save_figure
 
-#: Gains of HeRA over plain fine-tuning, by experiment and weight: MKNN of the aligned heads, then right answers and
-#: the ends of their interval, in points.
+#: Gains of HeRA over plain fine-tuning, by experiment and weight: MKNN of the aligned heads, then correct answers
+#: and their interval's ends, in points.
 WORLDS = {
     "study, 1,500 steps": (BLUE, {0.01: (0.018, 0.15, -0.77, 1.06), 0.1: (0.180, 1.19, 0.07, 2.32)}),
     "demo, 320 steps": (ORANGE, {0.01: (0.105, 1.5, -0.8, 3.8), 0.03: (0.164, 0.0, -2.4, 2.5)}),
@@ -20,7 +20,7 @@ WORLDS = {
 
 
 def draw(path: Path) -> None:
-    """Draws the gain in MKNN, and the gain in answers with its 95 % interval, over the weight."""
+    """Draws the gains in MKNN and in correct answers (with 95% intervals) against the weight."""
     figure = new_figure(8.0, 3.0)
     left, right = figure.subplots(1, 2, sharex=True)
     for place, (name, (color, found)) in enumerate(WORLDS.items()):

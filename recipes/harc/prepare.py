@@ -1,8 +1,8 @@
-"""Writes the dataset of the HARC recipes from the three public sets of the paper; README.md says how to fetch them.
+"""Writes the HARC recipes' dataset from the paper's three public datasets; see README.md for the downloads.
 
     python recipes/harc/prepare.py
 
-The classes, the order and the random draws are those of the authors' code with its seed 0. The result contains harmful
+The classes, the order and the random draws match the authors' code with its seed 0. The result contains harmful
 prompts and harmful answers: keep it out of version control.
 """
 
@@ -24,7 +24,7 @@ Row = tuple[str, str, str]  # prompt, response, class
 
 
 def harmful_rows(folder: Path, draw: random.Random) -> Iterator[Row]:
-    """Reads Circuit Breakers: a refusal of each prompt, and a harmful answer to those that define the directions."""
+    """Reads Circuit Breakers: a refusal of each prompt, and a harmful answer if the prompt defines the directions."""
     rows = json.loads((folder / _CIRCUIT_BREAKERS).read_text("utf-8"))
     draw.shuffle(order := [*range(len(rows))])
     for place, row in enumerate(rows[index] for index in order):
@@ -35,7 +35,7 @@ def harmful_rows(folder: Path, draw: random.Random) -> Iterator[Row]:
 
 
 def pseudo_rows(folder: Path, draw: random.Random) -> Iterator[Row]:
-    """Reads the prompts of XSTest to which GPT-4 gave a full answer; HARC repeats them as often as it needs them."""
+    """Reads the XSTest prompts that GPT-4 answered fully; HARC repeats them as often as needed."""
     with (folder / _XSTEST).open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["final_label"] == "1_full_compliance"]
     draw.shuffle(rows)
@@ -62,14 +62,14 @@ def harmless_rows(folder: Path) -> Iterator[Row]:
 def main() -> None:
     """Writes ``harc.jsonl``, completely or not at all, and prints the number of rows of each class."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=DATA, help="folder of the downloads (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, default=DATA, help="folder with the downloads (default: %(default)s)")
     folder = parser.parse_args().folder
     draw = random.Random(0)
     try:
         rows = [*harmful_rows(folder, draw), *harmless_rows(folder), *pseudo_rows(folder, draw)]
     except FileNotFoundError as error:
         raise SystemExit(
-            f"{error.filename} is missing; README.md, next to this script, says how to download it."
+            f"{error.filename} is missing; see README.md next to this script for the download."
         ) from error
     filled = [row for row in rows if row[0].strip() and row[1].strip()]
     path = folder / "harc.jsonl"

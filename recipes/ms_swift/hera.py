@@ -1,3 +1,3 @@
-"""The plugin for ms-swift's ``external_plugins``: it registers HeRA's trainer."""
+"""Registers HeRA's trainer as one of ms-swift's ``external_plugins``."""
 
 import llamafactory_hera.integrations.ms_swift  # noqa: F401

@@ -11,7 +11,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     control = commands.add_parser("control", help="calibrate on the unchanged data and on corrupted images")
     control.add_argument("recipe", metavar="RECIPE.yaml", help="a recipe for llamafactory-hera calibrate")
-    control.add_argument("--control", choices=("shuffled", "blank"), required=True, help="how images are corrupted")
+    control.add_argument("--control", choices=("shuffled", "blank"), required=True, help="how to corrupt the images")
     control.usage = f"{control.prog} RECIPE.yaml --control {{shuffled,blank}} [key=value ...]"
     gap = commands.add_parser("gap", help="correlate the influence-saliency gap of calibrations with their gains")
     gap.add_argument("points", metavar="FOLDER=GAIN", nargs="+", help="a calibration, and its gain in points")

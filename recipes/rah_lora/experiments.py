@@ -93,7 +93,7 @@ def compare(normal: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank_correlation(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    """Averages Spearman's correlation of the heads over layers, except layers in which all heads are equal."""
+    """Averages Spearman's correlation of the heads over layers, except layers whose heads are all equal."""
     ordered = [(a, b) for a, b in zip(ours, theirs, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
     return round(float(np.mean([spearmanr(a, b).statistic for a, b in ordered])), 6) if ordered else 0.0
 
@@ -110,7 +110,7 @@ def gap(measured: Sequence[str], output: Path) -> str:
         try:
             points.append((folder, influence_saliency_gap(read_json(Path(folder) / REPORT_FILE)), float(gain)))
         except (ValueError, KeyError) as error:
-            raise ValueError(f"gap: {point} is not FOLDER=GAIN ({error}); write saves/calibrate=1.4.") from error
+            raise ValueError(f"gap: {point} is not FOLDER=GAIN ({error}); write e.g. saves/calibrate=1.4.") from error
     _, gaps, gains = zip(*points, strict=True)
     if len(set(gaps)) < 3 or len(set(gains)) < 2:
         raise ValueError("gap: give three or more calibrations with different gaps and gains.")
@@ -130,7 +130,7 @@ def gap(measured: Sequence[str], output: Path) -> str:
 def influence_saliency_gap(report: dict[str, Any]) -> float:
     """Averages CAF minus I-SAL over the calibrated heads, both standardized within the layer of the head."""
     if not report["calibrated"]:
-        raise ValueError("it calibrated no head")
+        raise ValueError("no head was calibrated")
     caf, isal = np.array(report["caf"]), np.array(report["isal"])
     deviation = caf.std(axis=1, keepdims=True)
     gaps = (caf - caf.mean(axis=1, keepdims=True)) / np.where(deviation > 0, deviation, 1) - isal

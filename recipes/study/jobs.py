@@ -57,11 +57,11 @@ def work_through(root: Path, jobs: Mapping[str, Job], workers: int) -> None:
             took.append(time.time() - started)
             left = sum(took) / len(took) * (len(waiting) + len(running)) / workers / 60
             state = "failed" if process.exitcode else f"{took[-1]:.0f} s"
-            print(f"[hera study] {name} {state}; {len(waiting) + len(running)} more, {left:.0f} min", flush=True)
+            print(f"[hera study] {name} {state}; {len(waiting) + len(running)} more, about {left:.0f} min", flush=True)
             if process.exitcode:
                 failed.append(f"{name} failed; see {root / 'logs' / name}.log")
     if failed:
-        raise ValueError("\n".join(failed) + "\nThe same command tries them again.")
+        raise ValueError("\n".join(failed) + "\nRun the same command to retry them.")
 
 
 def _run_job(root: Path, name: str, job: Job) -> None:
@@ -103,7 +103,7 @@ def locked(root: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(
-                f"--output: {root} is in use by another study; wait for it, or choose another folder."
+                f"--output: {root} is in use by another study; wait until that study ends, or choose another folder."
             ) from error
         try:
             yield

@@ -28,7 +28,7 @@ from .world import World
 
 TOKENIZER, TEACHER, CACHE, LLAVA = "parts/tokenizer", "parts/teacher", "parts/teacher_cache", "seeds/{}/llava"
 GRAY = 0.4
-#: The shape of the teacher. Teacher and tower have one patch for each cell of a scene.
+#: The teacher's shape. Both the teacher and the tower have one patch for each cell of a scene.
 SHAPE = models.Encoder(patch=CELL, layers=3, rate=2e-3)
 _VOTERS = 10
 _BATCH = 100
@@ -42,7 +42,7 @@ def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
     all pictures of these scenes, so a teacher that always sees colors learns little about shapes.
 
     Returns:
-        The first and last loss of the teacher, and its :func:`teacher_knowledge`.
+        The teacher's first and last loss, and the result of :func:`teacher_knowledge`.
     """
     texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
     models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)
@@ -79,7 +79,7 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
     scenes with one object.
 
     Returns:
-        The share of right votes, and the share of the most frequent answer, by factor.
+        By factor, the share of correct votes and the share of the most frequent answer.
     """
     rng = random.Random("study control")
     scenes = [independent_scene(rng, number) for number in _INDEPENDENT * 2]
@@ -98,7 +98,7 @@ def teacher_knowledge(root: Path) -> dict[str, tuple[float, float]]:
 
 
 def independent_scene(rng: random.Random, number: int) -> Scene:
-    """Draws a scene of ``number`` objects with independent, uniform shape, color, size and cell."""
+    """Draws a scene of ``number`` objects whose shape, color, size and cell are independent and uniform."""
     cells = sorted(rng.sample(range(GRID**2), number))
     objects = [
         place(rng, rng.choice(SHAPES), rng.choice(tuple(PALETTE)), rng.choice(SIZES), *divmod(cell, GRID))
@@ -130,7 +130,7 @@ def identity_tower() -> SiglipVisionModel:
 
 
 def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
-    """Makes the LLaVA of a seed: a language model that was trained only on text, and a random projector."""
+    """Makes a seed's LLaVA from a language model trained only on text and a random projector."""
     tokenizer = AutoTokenizer.from_pretrained(root / TOKENIZER)
     with models.reproducible(seed):
         language_model = models.new_language_model(tokenizer, head_dim=12, intermediate_size=160)
@@ -141,6 +141,6 @@ def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
 
 
 def load_llava(root: Path, seed: int) -> tuple[Any, Any]:
-    """Loads the LLaVA of a seed, which is the start of all runs with this seed, and its processor."""
+    """Loads a seed's LLaVA, from which all runs with this seed start, and its processor."""
     folder = root / LLAVA.format(seed)
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)

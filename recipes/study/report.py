@@ -24,13 +24,13 @@ from .train import NEIGHBORS
 from .world import CATEGORIES, SETS, World, shares
 
 COLUMNS = (*CATEGORIES, "mean")
-#: The name of the models before multimodal training.
+#: The name for models before multimodal training.
 BASE = "base"
 MODES = {"mllm": "Picture and caption together, as in training", "llm": "Captions alone, as in the selection"}
 GROUPS = {"worst5": "worst", "top5": "top"}
 _SET_NAMES = {"seen": "scenes as in training", "new": "held-out combinations"}
 _COSTS = {"stage1_cpu_s": "stage 1, CPU s", "stage2_cpu_s": "stage 2, CPU s", "process_peak_mib": "peak memory, MiB"}
-_RUN = "cost/stage2_cpu_s"  # a quantity of every finished run
+_RUN = "cost/stage2_cpu_s"  # a quantity that every finished run has
 
 BySeed = dict[int, float]
 ByMethod = dict[str, BySeed]
@@ -45,7 +45,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Collection[float]) -> Interval | None:
-    """Returns the 95 % interval (Student's t) of the mean of independent values, or None without values."""
+    """Returns the mean of independent values and its 95% interval (Student's t), or None without values."""
     if not values:
         return None
     mean = statistics.fmean(values)
@@ -56,7 +56,7 @@ def mean_interval(values: Collection[float]) -> Interval | None:
 
 
 def paired_interval(values: BySeed, others: BySeed, ratio: bool = False) -> Interval | None:
-    """Returns the interval of the difference or ratio, paired by seed, over the seeds that both have."""
+    """Returns the interval of the difference or ratio, paired by seed, over the seeds in both."""
     pairs = [(values[seed], others[seed]) for seed in sorted(values.keys() & others.keys())]
     return mean_interval([value / other if ratio else value - other for value, other in pairs])
 
@@ -117,7 +117,7 @@ def gather(root: Path, settings: Settings) -> dict[str, ByMethod]:
 
 
 def write_report(root: Path, settings: Settings, chosen: float, world: World, size: str) -> Path:
-    """Writes ``report.json``, the figure and the page, and returns the page."""
+    """Writes ``report.json``, the figure and the page, and returns the page's path."""
     found = gather(root, settings)
     floors = {kind: without_looking(world, kind) for kind in SETS}
     parts = read_json(root / "done/parts.json")
@@ -137,8 +137,8 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         + "Versions: "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
         + f". The command was `python recipes/study --size {size} --seeds {len(settings.seeds)}`.",
-        *([f"**Not finished, and not included below: {', '.join(missing)}.**"] if missing else []),
-        "Brackets are 95 % intervals over seeds (Student's t), paired by seed for differences, and not corrected for "
+        *([f"**Unfinished, so not included below: {', '.join(missing)}.**"] if missing else []),
+        "Brackets are 95% intervals over seeds (Student's t), paired by seed for differences, and not corrected for "
         "multiple comparisons. Data, questions and teacher are the same for all seeds. The intervals therefore "
         "reflect only variation in the language model, the projector, the order of samples and the random heads.",
         "### The question: HeRA worst-5 minus …",
@@ -155,8 +155,8 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
         f"Rank correlation (Spearman) of all heads' scores on two disjoint halves of {2 * settings.scored} training "
         f"captions, before multimodal training: {format_interval(mean_interval(found['rank'][BASE].values()), 2)}.",
         "### The teacher's knowledge",
-        "This list gives the kNN accuracy in % of the teacher's CLS token on scenes with independent factors. The "
-        "accuracy of the most frequent answer is in parentheses: "
+        "This is the kNN accuracy (%) of the teacher's CLS token on scenes with independent factors, followed by the "
+        "accuracy of always giving the most frequent answer, in parentheses: "
         + ", ".join(f"{name} {100 * right:.1f} ({100 * most:.1f})" for name, (right, most) in parts["knows"].items())
         + ".",
         f"### The weight chosen on the validation questions: {chosen:g}",
@@ -165,8 +165,8 @@ def write_report(root: Path, settings: Settings, chosen: float, world: World, si
             [(f"{w:g}", *(f"{100 * shares[kind]['mean']:.1f}" for kind in SETS)) for w, shares in tried.items()],
         ),
         "### Cost, relative to SFT with the same seed",
-        "The table lists the CPU time and peak memory of each run's process; several runs ran at a time. The "
-        "teacher's CLS tokens were computed beforehand; methods on visual tokens run the teacher in every step.",
+        "The table lists the CPU time and peak memory of each run's process; several ran at the same time. The "
+        "teacher's CLS tokens were computed beforehand, but methods on visual tokens run the teacher in every step.",
         _cost(found, methods),
     ]
     path = root / "report.md"

@@ -1,4 +1,4 @@
-"""A study from start to end: the shared parts, the seeds, the choice of the weight, the runs, and the report."""
+"""A study from start to finish: the shared parts, the seeds, the choice of the weight, the runs, and the report."""
 
 import argparse
 import os
@@ -28,12 +28,12 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
     Args:
         output: The study's folder.
         size: One of ``SIZES``.
-        workers: The number of processes, which affects only times.
-        seeds: The number of seeds of the primary methods; 0 uses the number that the size defines. You can add seeds
-            to a finished study.
+        workers: The number of processes; it affects only times.
+        seeds: The number of seeds for the primary methods; 0 means the size's number. You can add seeds to a finished
+            study.
 
     Returns:
-        The report.
+        The report's path.
 
     Raises:
         ValueError: The folder contains a study with other settings, or other files; or another process uses it; or a
@@ -69,7 +69,7 @@ def run_study(output: str | os.PathLike, size: str = "default", workers: int = 2
 
 
 def choose_weight(tried: Mapping[float, dict[str, Any]]) -> float:
-    """Returns the weight with the best mean accuracy over both sets of questions; the smaller one in case of a tie."""
+    """Returns the weight with the best mean accuracy over both sets of questions, or the smallest of tied weights."""
     return max(tried, key=lambda weight: (sum(row["mean"] for row in tried[weight]["accuracy"].values()), -weight))
 
 
@@ -86,7 +86,7 @@ def _seed(root: Path, world: World, settings: Settings, seed: int) -> dict[str, 
 
 
 def _claim(root: Path, settings: Settings) -> None:
-    """Writes the settings into a new folder; refuses a folder that belongs to something else."""
+    """Writes the settings into a new folder; refuses a folder with a different study or other files."""
     file, wanted = root / STUDY, settings.to_dict()
     if file.exists():
         found = read_json(file)["settings"]
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--size", default="default", choices=SIZES)
     parser.add_argument("--output", help="folder (default: hera_study/SIZE)")
     parser.add_argument("--workers", type=int, default=2, help="number of processes (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=0, help="number of seeds of the primary methods")
+    parser.add_argument("--seeds", type=int, default=0, help="number of seeds for the primary methods")
     options = parser.parse_args()
     if options.workers < 1 or options.seeds < 0:
         parser.error(f"--workers {options.workers} --seeds {options.seeds}: choose 1 or more")
@@ -119,7 +119,7 @@ def main() -> int:
         print(f"study: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("study: interrupted; the same command resumes it", file=sys.stderr)
+        print("study: interrupted; run the same command to resume", file=sys.stderr)
         return 130
     print(report.read_text(encoding="utf-8"))
     return 0

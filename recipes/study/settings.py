@@ -13,7 +13,7 @@ class Method:
     Attributes:
         label: The name of the method in tables.
         heads: The strategy that selects its five heads; None if the method aligns no heads.
-        weight: The weight of its loss; None for the weight that is chosen on the validation questions.
+        weight: The weight of its loss; None for the weight chosen on the validation questions.
         keys: More fields of ``HeraConfig``; None for plain fine-tuning.
         stages: The stages that use the method; the other stages are plain fine-tuning.
     """
@@ -44,7 +44,7 @@ METHODS: dict[str, Method] = {
 }
 #: The method with which all others are compared.
 BASELINE = "sft"
-#: The methods in the study's question. They run with all seeds; other methods run with the first few seeds.
+#: The methods that the study is about. They run with all seeds, the other methods only with the first few.
 PRIMARY = ("sft", "worst5_paper", "worst5", "top5", "random5")
 #: The method whose weight is chosen on the validation questions.
 TUNED = "worst5"
@@ -52,13 +52,13 @@ TUNED = "worst5"
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that determine a study's numbers; the default values form the size ``default``.
+    """The settings that determine a study's numbers; the default values form the ``default`` size.
 
     Attributes:
         scenes: The number of training scenes.
         asked: The number of questions per training scene; each question is a separate sample.
-        questions: The number of questions per category in each set of validation and test.
-        scored: The number of captions on which heads are selected; MKNN is measured on the same number of others.
+        questions: The number of questions per category in each validation and test set.
+        scored: The number of captions on which heads are selected; MKNN is measured on as many others.
         teacher_steps: The number of updates of the teacher, by contrastive learning on training images.
         language_steps: The number of updates of the language model, on text alone, with 16 documents each.
         stage1_steps: The number of updates of the projector, on captions.
@@ -69,9 +69,9 @@ class Settings:
         stage1_rate: Peak learning rate of stage 1.
         stage2_rate: Peak learning rate of stage 2.
         seeds: The seeds of the primary methods.
-        secondary_seeds: The other methods run only with this number of seeds, the first of ``seeds``.
+        secondary_seeds: The other methods run only with this number of ``seeds``, starting with the first.
         tuning_seed: The seed of the runs that choose the weight; ``seeds`` contains it only in the smoke test.
-        weights: The weights that these runs try.
+        weights: The weights that the tuning runs try.
         methods: Names of ``METHODS``.
     """
 
@@ -95,7 +95,7 @@ class Settings:
     methods: tuple[str, ...] = tuple(METHODS)
 
     def runs(self) -> list[tuple[str, int]]:
-        """Lists method and seed of every run: primary methods first, and all runs of a seed before the next seed."""
+        """Lists every run's method and seed: primary methods first, and all runs of a seed before the next seed."""
         few = self.seeds[: self.secondary_seeds]
         found = [(m, seed) for seed in self.seeds for m in self.methods if m in PRIMARY or seed in few]
         return sorted(found, key=lambda run: run[0] not in PRIMARY)

@@ -25,13 +25,13 @@ from .parts import CACHE, TEACHER, features_of, load_llava
 from .settings import METHODS, Method, Settings
 from .world import END, Sample, World, prompt, shares
 
-#: The number of neighbors with which heads are scored, as in the paper.
+#: The number of neighbors for scoring heads, as in the paper.
 NEIGHBORS = 10
 _AT_ONCE = 256  # samples per forward pass
 
 
 class Encoder:
-    """Encodes samples; calling it collates encoded samples into a batch."""
+    """Encodes samples; a call collates encoded samples into a batch."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -83,7 +83,7 @@ def run(
     heads: dict[str, list[str]],
     questions: dict[str, list[Sample]],
 ) -> dict[str, Any]:
-    """Trains a method's model and measures it.
+    """Trains a model with one method, and measures it.
 
     Args:
         root: The study's folder.
@@ -150,7 +150,7 @@ def hera_config(
     objective = method.keys.get("objective", "contrastive")
     if objective == "contrastive":
         keys.setdefault("memory", settings.memory)
-    if objective in ("contrastive", "cka"):  # the others read patch features, which the cache does not hold
+    if objective in ("contrastive", "cka"):  # the others read patch features, which the cache does not contain
         keys["teacher_cache"] = str(root / CACHE)
     if method.heads is not None:
         keys["heads"] = ",".join(heads[method.heads])

