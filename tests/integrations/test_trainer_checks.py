@@ -84,7 +84,7 @@ def test_one_image_among_many_rows_is_enough(kind):
         ("distributed_config", SimpleNamespace(tp_size=2), "^distributed_config: tp_size=2 splits .*; use data paral"),
         ("_mixed_precision", "fp8", "^mixed_precision: fp8 does not work with HeRA, .*; use bf16"),
         ("model_init", vlm, "^model_init: "),
-        ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: the model is on 0, cpu, "),
+        ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: HeRA needs the model on one device, not 0, cpu; "),
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_run_is_compared_only_with_scores_that_were_measured_alike(run, tmp_pa
     unlike["keys"]["hera_select_mode"] = "mllm"
     write_scores(run / "hera/scores.json", AFTER, **unlike)
     problem = "hera_select_mode was llm, is mllm. Score both with the same recipe"
-    with pytest.raises(ValueError, match=f"my_run has no scores before training that were measured like .*{problem}"):
+    with pytest.raises(ValueError, match=f"my_run has no scores before training that are comparable .*{problem}"):
         compare([run])
     assert len(show(run / "hera/scores.json").files) == 1
     printed = capsys.readouterr().out

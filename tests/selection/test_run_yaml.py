@@ -77,7 +77,7 @@ def test_in_place_keeps_symbolic_links_and_the_file_mode(path, tmp_path):
     ("harm", "problem"),
     [
         (lambda path: path.write_text("a: 2\n"), "was edited since it was read"),
-        (lambda path: path.unlink(), "is not a file that can be written"),
+        (lambda path: path.unlink(), "is not a writable file"),
     ],
 )
 def test_a_recipe_that_was_edited_meanwhile_is_not_changed(path, harm, problem):

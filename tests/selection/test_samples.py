@@ -47,7 +47,7 @@ def test_samples_without_image_or_tokens_are_skipped(caplog):
     with caplog.at_level(logging.WARNING):
         drawn = draw_samples(Rows(images, features), some(select_samples=30))
     assert len(drawn) == 27
-    problem = "hera_select_samples: 30 were requested, and 27 can be scored (1 have no image, 2 have no text"
+    problem = "hera_select_samples: 30 were requested, but only 27 can be scored (1 have no image, 2 have no text"
     assert problem in caplog.text
 
 
@@ -78,7 +78,7 @@ def test_an_image_that_pil_takes_for_a_decompression_bomb_is_refused_with_its_sa
     Image.new("L", (50, 50)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(
-        ValueError, match=r"^dataset: sample 0 .*Image size \(2500 pixels\) exceeds .*; reduce its image"
+        ValueError, match=r"^dataset: sample 0 .*Image size \(2500 pixels\) exceeds .*; shrink this image"
     ):
         draw(Opening([[str(path)]], []), 1, seed=0)
 

@@ -116,7 +116,7 @@ def test_a_trainer_and_a_loop_take_only_heads_of_their_model(hub, host, heads):
         ("pull someone/nothing .", "someone/nothing cannot be fetched from the hub (404 Client Error. Repository"),
         ("pull someone/names run/hera", "run/hera/heads.json exists and is another file; give another folder."),
         ("push cache someone/new", "cache contains no heads.json of a selection; give a run that selected heads."),
-        ("push run someone/model", "someone/model has a README.md about something else; give a repository"),
+        ("push run someone/model", "someone/model has a README.md about something else; give a separate"),
         ("push run wrong:id", "wrong:id cannot be written (Repo id must"),
     ],
 )

@@ -203,7 +203,7 @@ def test_a_configuration_names_its_targets_and_auto_needs_a_trainer():
 
 def test_a_run_that_cannot_change_its_targets_is_refused():
     with pytest.raises(
-        ValueError, match=r"cannot change L1H0,L0H2: no parameter that influences them is trained \(only lm_head"
+        ValueError, match=r"cannot change L1H0,L0H2: no trained parameter influences them \(trained: lm_head"
     ):
         Run(freeze=True)
     for loop, why in (
@@ -211,7 +211,7 @@ def test_a_run_that_cannot_change_its_targets_is_refused():
         (without_the_term, "the first backward pass brought"),
     ):
         with pytest.raises(
-            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train parameters before them"
+            RuntimeError, match=rf"^hera_heads: the HeRA term cannot change .*: {why} .*Train earlier parameters"
         ):
             loop(Run())
     without_the_term(Run(weight=0.0))  # a weight of 0 may have no effect
@@ -278,7 +278,7 @@ def test_the_error_says_that_a_model_was_nan_from_the_start():
     with torch.no_grad():
         run.model.get_input_embeddings().weight.fill_(math.nan)
     run.step()
-    with pytest.raises(RuntimeError, match="No step was finite: the model's weights may hold NaN"):
+    with pytest.raises(RuntimeError, match="No step was finite: the model's weights may be NaN"):
         run.step()
 
 

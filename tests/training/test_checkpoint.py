@@ -43,9 +43,7 @@ def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path):
 @pytest.mark.parametrize("folder", ["", "missing"])
 def test_a_missing_checkpoint_is_refused(tmp_path, folder):
     for resume in (True, str(tmp_path / "checkpoint-9")):
-        with pytest.raises(
-            ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; give the path"
-        ):
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; set it to"):
             checkpoint_of(arguments(resume, tmp_path / folder))
 
 
@@ -74,7 +72,7 @@ def test_a_run_that_aligns_something_else_is_refused(tmp_path, now, entry):
     assert run().load(tmp_path).keys() == STATE.keys()
     for call in (run(**now).load, run(**now).check):
         with pytest.raises(
-            ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{entry}.* Restore these"
+            ValueError, match=rf"^resume_from_checkpoint: this run differs from .*: (.*; )?{entry}.* Restore the old"
         ):
             call(tmp_path)
 

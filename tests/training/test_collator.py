@@ -78,7 +78,7 @@ def test_a_collator_that_sorts_its_rows_is_refused(teacher):
 
     collator = HeraCollator(by_length, teacher.processor)
     collator([{"input_ids": [5, 6, 7]}, {"input_ids": [5, 6]}])  # they stay where they are
-    with pytest.raises(ValueError, match=r"^data_collator: sample 0 of a batch leaves it as number 1; keep the order"):
+    with pytest.raises(ValueError, match=r"^data_collator: it moves sample 0 of a batch to position 1; keep"):
         collator([{"input_ids": [5, 6]}, {"input_ids": [5, 6, 7]}])
 
 

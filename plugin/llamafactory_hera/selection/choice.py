@@ -1,4 +1,4 @@
-"""The choice of heads or layers: it scores all of them on samples, measures how firm the choice is, and writes it."""
+"""Chooses heads or layers: scores all of them on samples, measures how firm the choice is, and writes it to a file."""
 
 import logging
 import math
@@ -33,11 +33,11 @@ from .scores import SCORE_FILES, SELECTIONS, choose_targets, package_versions
 
 logger = logging.getLogger("llamafactory_hera")
 
-_TEACHER_FEATURES = "features-teacher"  # replaces hera_teacher_cache during a selection
+_TEACHER_FEATURES = "features-teacher"  # the cache during a selection if hera_teacher_cache is not set
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores all heads and layers, chooses targets, and writes both to a file. All processes call it together."""
+    """Scores all heads and layers, chooses targets, and writes all of it to a file. All processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))
@@ -56,9 +56,9 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
 
 
 def _sample_counts(config: HeraConfig, path: Path) -> list[int]:
-    """Lists the numbers of samples to try one after the other; only ``auto`` tries several.
+    """Lists the sample counts to try in order; only ``auto`` tries several.
 
-    With ``auto``, scores of a run use as many samples as earlier scores in its folder, so that they can be compared.
+    With ``auto``, a run is scored on as many samples as the earlier scores in its folder, so they can be compared.
     """
     if config.select_samples != AUTO:
         return [config.most_samples]
@@ -69,7 +69,7 @@ def _sample_counts(config: HeraConfig, path: Path) -> list[int]:
 
 
 class _ScoredSamples:
-    """The outputs of a model and a teacher for the same samples, and the choice of heads or layers by them."""
+    """The outputs of a model and a teacher for the same samples, and the choice of heads or layers based on them."""
 
     def __init__(self, inputs: SelectionInputs, config: HeraConfig) -> None:
         self.samples: list[Sample] = []
@@ -79,7 +79,7 @@ class _ScoredSamples:
         self._rule = partial(choose_targets, strategy=config.select, m=config.select_m, seed=config.select_seed)
 
     def extend(self, samples: list[Sample], folder: Path) -> None:
-        """Runs the model and the teacher; ``samples`` begin with the earlier ones, which run only once."""
+        """Runs the model and the teacher on the new samples; ``samples`` starts with the earlier samples."""
         config, known = self._config, len(self.samples)
         self._teacher, self._teacher_fingerprint = _teacher_features(samples, self._inputs, config, folder)
         if not known:
@@ -117,8 +117,8 @@ class _ScoredSamples:
         n, k = self._of_teacher.shape
         scores, layer_scores = (mean_shared(of_all, k) for of_all in counts.values())
         if scores.isnan().all():
-            problem = "the output of every head contains NaN or infinity; the checkpoint is damaged, or needs"
-            raise ValueError(f"model: {problem} more than the range of fp16: use bf16 or fp32.")
+            problem = "the output of every head contains NaN or infinity; the checkpoint is damaged or exceeds"
+            raise ValueError(f"model: {problem} the range of fp16; use bf16 or fp32.")
 
         def rescore(samples: slice) -> tuple[np.ndarray, float]:
             found, of_teacher = self._neighbors(granularity, samples)
@@ -166,7 +166,7 @@ def _as_json(scores: Tensor) -> list[float | None]:
 def _teacher_features(
     samples: list[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
 ) -> tuple[Tensor, str]:
-    """Returns the teacher's features ``[N, D]`` of N images and its fingerprint, and frees its memory."""
+    """Returns the teacher's features ``[N, D]`` of N images and its fingerprint, and frees the teacher's memory."""
     teacher = inputs.load_teacher()
     cache = FeatureCache(config.teacher_cache or folder / _TEACHER_FEATURES, teacher.fingerprint, teacher.dim)
     share = {sample.key: sample.image for sample in samples[rank() :: world_size()]}
@@ -180,9 +180,9 @@ def _teacher_features(
 
 
 def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
-    """Fills the teacher cache with the features of the complete dataset; returns the number of images in it."""
+    """Fills the teacher cache with the features of the complete dataset; returns the number of images in the cache."""
     if config.teacher_cache is None:
-        raise ValueError("hera_teacher_cache: it is not set, so --teacher-only has no cache to fill; give a folder.")
+        raise ValueError("hera_teacher_cache: it is not set, but --teacher-only fills this cache; set it to a folder.")
     found = (inputs.source.images(row) for row in range(len(inputs.source)))
     images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
     if not images:

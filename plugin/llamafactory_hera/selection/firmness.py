@@ -1,6 +1,6 @@
-"""The firmness of a selection: how its scores compare with chance, and whether other samples lead to the same choice.
+"""Measures how firm a selection is: compares scores with chance, and repeats the choice on halves of the samples.
 
-No number needs a forward pass: all are computed from neighbors and from outputs in memory.
+This needs no forward passes, only neighbors and outputs in memory.
 """
 
 from collections import Counter
@@ -11,9 +11,9 @@ import numpy as np
 
 from ..heads.targets import Target
 
-_ROUNDS = 100  # random halves, and random permutations
-_FIRM_SHARE = 0.6  # of the chosen heads or layers, which most halves must choose again
-_LEAST = 3  # samples that can be scored
+_ROUNDS = 100  # the number of random halves, and of random permutations
+_FIRM_SHARE = 0.6  # the share of the chosen heads or layers that most halves must choose again
+_LEAST = 3  # the smallest number of samples that can be scored
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -26,19 +26,19 @@ class Firmness(NamedTuple):
     """The firmness of a choice of heads or layers, as ``heads.json`` stores it."""
 
     chosen: dict[str, dict[str, Any]]  #: By name: ``score``, ``mean``, ``deviation``, ``z`` and ``halves``.
-    rank_correlation: float | None  #: Of the scores on two disjoint halves of the samples; None if it is undefined.
-    galleries: list[dict[str, Any]]  #: ``samples``, with the ``mean`` score of all and the ``chance`` level.
+    rank_correlation: float | None  #: Between the scores on two disjoint halves of the samples, or None.
+    galleries: list[dict[str, Any]]  #: For each number of ``samples``, the ``mean`` of all scores, and ``chance``.
 
     @property
     def warning(self) -> str:
-        """A sentence about a choice that is not firm, with the remedy; empty for a firm one."""
+        """A warning with a remedy if the choice is not firm; otherwise empty."""
         firm = sum(row["halves"] > _ROUNDS / 2 for row in self.chosen.values())
         if firm >= _FIRM_SHARE * len(self.chosen):
             return ""
         return (
             f"Most random halves of the {self.galleries[-1]['samples']} samples select only {firm} of the "
-            f"{len(self.chosen)} ({', '.join(self.chosen)}) again: select on more samples with a larger "
-            "hera_select_samples or with auto, and on more data if these are all samples."
+            f"{len(self.chosen)} ({', '.join(self.chosen)}) again: raise hera_select_samples or set it to auto, and "
+            "use more data if these are all samples."
         )
 
     @property
@@ -57,7 +57,7 @@ class Firmness(NamedTuple):
         """Two sentences about all scores: how well two halves agree, and the effect of the number of samples."""
         agreement = "undefined" if self.rank_correlation is None else f"{self.rank_correlation:.2f}"
         means = [f"{each['mean']:.4f} for {each['samples']} (chance {each['chance']:.4f})" for each in self.galleries]
-        return f"The rank correlation of two halves is {agreement}. The mean score by samples: {', '.join(means)}."
+        return f"The rank correlation of two halves is {agreement}. Mean score by sample count: {', '.join(means)}."
 
     @property
     def markdown(self) -> str:
@@ -111,9 +111,9 @@ def measure_firmness(
 def chosen_in_halves(
     choose: Callable[[np.ndarray], tuple[Target, ...]], counts: np.ndarray, random: np.random.Generator
 ) -> Counter[Target]:
-    """Counts in how many of 100 random halves of the samples each head or layer is chosen.
+    """Counts the random halves of the samples, out of 100, that choose each head or layer.
 
-    A half averages over half of the samples, but their neighbors are those among all samples.
+    A half averages over half of the samples, but their neighbors come from all samples.
     """
     n = counts.shape[-1]
     halves = random.permuted(np.tile(np.arange(n) < max(n // 2, 1), (_ROUNDS, 1)), axis=1)
@@ -132,7 +132,7 @@ def permuted_scores(neighbors: np.ndarray, teacher: np.ndarray, random: np.rando
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float | None:
-    """Computes Spearman's rank correlation of two arrays, without NaN; None if all values of one are equal."""
+    """Computes Spearman's rank correlation of two arrays, ignoring NaN; None if all values of an array are equal."""
     known = ~(np.isnan(first) | np.isnan(second))
     ranks = []
     for values in (first[known], second[known]):

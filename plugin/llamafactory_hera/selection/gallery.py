@@ -1,4 +1,4 @@
-"""Pictures of the images that a head considers most similar, next to those of the teacher, before and after training.
+"""Draws the images that a head considers most similar, next to the teacher's, before and after training.
 
 A selection stores the neighbors of a few samples for every head, so the pictures need no model.
 """
@@ -29,8 +29,8 @@ from .samples import Sample
 from .scores import Paths, ScoreFile, load_files
 
 _SUFFIX = ".neighbors.safetensors"  # replaces the suffix of a ``heads.json`` or ``scores.json``
-_QUERIES, _COLUMNS = 12, 4  # the samples, and the neighbors of each that the picture shows
-_PIXELS = 128  # of the longer side of an image
+_QUERIES, _COLUMNS = 12, 4  # the stored samples, and the neighbors of each in a picture
+_PIXELS = 128  # the longer side of an image
 # In inches: the side of an image, the distances between images, rows and groups, and the top margin.
 _SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
 
@@ -38,10 +38,10 @@ _SIDE, _STEP, _ROW, _GROUP, _TOP = 0.84, 0.9, 1.2, 0.5, 0.95
 def write_neighbors(
     scores: Path, samples: Sequence[Sample], teacher: Tensor, heads: Tensor, tokenizer: Any = None
 ) -> None:
-    """Writes, next to a file of scores, the neighbors of up to twelve of the N samples, which are equally spaced.
+    """Writes the neighbors of up to twelve of the N samples, evenly spaced, next to a file of scores.
 
     ``teacher`` contains the teacher's neighbors ``[N, k]``, and ``heads`` those of every head ``[L, H, N, k]``. The
-    tokenizer decodes the captions; without one, they are empty.
+    tokenizer decodes the captions; without a tokenizer, captions are empty.
     """
     queries = torch.linspace(0, len(samples) - 1, min(_QUERIES, len(samples))).round().long()
     tensors = {"queries": queries, "teacher": teacher[queries], "heads": heads[:, :, queries]}
@@ -62,7 +62,7 @@ def _image_and_caption(sample: Sample, tokenizer: Any) -> tuple[str, str]:
     runs = groupby(sample.features.get("labels") or [], lambda label: label != IGNORE_INDEX)
     answers = [list(labels) for labeled, labels in runs if labeled]
     text = tokenizer.decode(answers[-1], skip_special_tokens=True) if answers and tokenizer is not None else ""
-    last = text.strip().rpartition("\n")[2]  # a caption of the mode llm contains all answers, one per line
+    last = text.strip().rpartition("\n")[2]  # in mode llm, a caption contains all answers, one per line
     return os.fspath(image), " ".join(last.split())[:160]
 
 
@@ -83,11 +83,11 @@ class Neighbors(NamedTuple):
             held.samples.update({i: (str(x), str(y)) for i, (x, y) in json.loads(file.metadata()["samples"]).items()})
             numbers = {str(i) for tensor in held[:-1] for i in tensor.unique().tolist()}
             if held.heads.shape[2:] != held.teacher.shape or not numbers <= {*held.samples, "-1"}:
-                raise ValueError("its tensors do not fit together")
+                raise ValueError("its tensors do not match")
             return held
 
     def shares(self, head: Target, n: int | None = None) -> Tensor:
-        """Returns the share of a head's ``n`` nearest samples that are neighbors for the teacher, for each query."""
+        """Returns, for each query, the share of a head's ``n`` nearest samples that are neighbors for the teacher."""
         found, expected = self.heads[head][:, :n, None], self.teacher[:, None]
         return ((found == expected) & (found >= 0)).any(-1).double().mean(-1)
 
@@ -101,14 +101,14 @@ def write_gallery(
 ) -> list[Path]:
     """Draws ``OUTPUT_L3H4.png`` for each head, or one ``small`` picture of the first head, and returns the paths.
 
-    ``heads`` are names or the path of a file, by default the least aligned, the median and the most aligned head of
-    the first file. Raises ``ValueError`` if the neighbors of a file are missing.
+    ``heads`` are names or the path of a file; the default is the least aligned, the median and the most aligned head
+    of the first file. Raises ``ValueError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
     known = list(files[0].ranked("head"))
     chosen = Targets.parse(heads).items if heads else (known[0], known[len(known) // 2], known[-1])
     if unknown := [str(head) for head in chosen if head not in known]:
-        raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose others.")
+        raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose other heads.")
     pictures = [Path(f"{output}.png")] if small else [Path(f"{output}_{head}.png") for head in chosen]
     check_replaceable(dict.fromkeys(pictures, PICTURE))
     for head, picture in zip(chosen, pictures, strict=False):
@@ -120,7 +120,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target,
     """Draws a row for each query: its nearest images for the teacher and, in each file, for the head.
 
     A frame marks images that are also among the teacher's ``k`` nearest. A ``small`` picture shows only the first file
-    and the last two, and two queries: those whose frames change most like the mean from the first file to the last.
+    and the last two, and the two queries whose frames change most like the average from the first file to the last.
     """
     if small:
         files, names = ([each[0], *each[1:][-2:]] for each in (files, names))
@@ -139,7 +139,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target,
     axes.axis("off")
 
     def draw(title: str, rows: Tensor, left: float, side: float = _SIDE, of_rows: Tensor | None = None) -> float:
-        """Draws a group of images, optionally with shares of the teacher's, and returns the left edge for the next."""
+        """Draws a group of images, optionally with shares of the teacher's, and returns the next group's left edge."""
         right = left + (side - _SIDE) + min(across, rows.shape[1]) * _STEP
         axes.text(left, top - 0.12, title, fontsize=size, va="bottom", color=GRAY if small else "black")
         for row, query in enumerate(shown.tolist()):
@@ -157,7 +157,7 @@ def draw_gallery(files: Sequence[ScoreFile], names: Sequence[str], head: Target,
         return right + group
 
     if not small:
-        title = f"{head}: nearest images; frames mark the teacher's {k}, numbers their share"
+        title = f"{head}: nearest images; frames mark the teacher's {k} nearest, numbers give their share"
         axes.text(0.1, 0.12, title, fontsize=13, va="top")
     left = draw("query", held[0].queries[:, None], 0.1, _STEP + _SIDE if small else _SIDE)
     left = draw("teacher" if small else f"teacher: {files[0].provenance['teacher']}", teacher, left)

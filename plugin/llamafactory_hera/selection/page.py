@@ -40,7 +40,7 @@ def write_report(
 
 
 def verdict(comparison: Comparison) -> tuple[str, str]:
-    """Returns two sentences: the agreement with the teacher in the first and the last file, and what it means."""
+    """Returns two sentences: the agreement with the teacher in the first and the last file, and its meaning."""
     first, names, targets, rows = comparison.files[0], comparison.names, comparison.targets, comparison.rows
     (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.k
     change, others = after - before, rows["others"][-1] - rows["others"][0]
@@ -53,14 +53,14 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     if not abs(change) > noise:
         meaning = f"They did not measurably move ({size}): train longer, or raise hera_weight."
         if first.provenance["keys"].get("hera_select_mode") == "llm":
-            meaning += " These scores are of captions alone; hera_select_mode=mllm scores both with images."
+            meaning += " These scores use captions alone; hera_select_mode=mllm scores both models with images."
         return found, meaning
     toward = "toward" if change > 0 else "away from"
     meaning = f"They moved {toward} the teacher ({size}); the other {targets.plural} changed by {others:+.3f}."
     if abs(after - first.chance) <= noise:
         meaning += " They are still at chance."
     if len(names) == 2:
-        meaning += " Plain fine-tuning has a part in this: to see it, also score and give a run without HeRA."
+        meaning += " Plain fine-tuning contributes to this; add the scores of a run without HeRA to see how much."
     return found, meaning
 
 

@@ -32,10 +32,10 @@ Batch = tuple[int, ...]
 
 
 class Forward:
-    """Runs batches through a model without labels, without a cache, and without logits that are not needed.
+    """Runs batches through a model without labels, a cache, or unneeded logits.
 
     The model is a transformers model, bare or under PEFT; ``llm`` runs only its text decoder. ``autocast`` is the half
-    precision of the computation, if it differs from that of the weights.
+    precision of the computation, if the weights have a different dtype.
     """
 
     def __init__(self, model: nn.Module, mode: str = "mllm", autocast: torch.dtype | None = None) -> None:
@@ -49,7 +49,7 @@ class Forward:
 
     def run(self, batch: dict[str, Any]) -> None:
         """Runs a batch only for the values that hooks capture."""
-        # A tensor, because a number yields a slice that is not contiguous, and PyTorch copies lm_head for each sample.
+        # A tensor, because a number yields a noncontiguous slice, for which PyTorch copies lm_head for each sample.
         self._call(batch, torch.zeros(1, dtype=torch.long, device=self.device))
 
     def logits(self, batch: dict[str, Any], positions: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Forward:
         return logits if self._can_skip_logits else logits[:, positions]
 
     def tokens(self, pooling: Pooling, batch: dict[str, Any]) -> Tensor:
-        """Marks the tokens over which a pooling averages, boolean ``[B, T]`` on the device of the model."""
+        """Marks the tokens that a pooling averages, boolean ``[B, T]`` on the device of the model."""
         attended, labels = batch.get("attention_mask"), batch.get("labels")
         return token_mask(pooling, batch["input_ids"], attended, labels, self.media).to(self.device)
 
@@ -70,7 +70,7 @@ class Forward:
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[Batch]:
-    """Groups samples of similar length, longest first, so padding is small, and memory runs out at once or never."""
+    """Groups samples of similar length, longest first, so padding is small and the first needs the most memory."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
@@ -145,8 +145,8 @@ def pooled_outputs(
 ) -> tuple[list[Tensor], Tensor]:
     """Runs all samples through the model; the processes of a launch share the work.
 
-    Every process receives averages over tokens, in fp32 on the CPU: for each layer those of its head outputs
-    ``[N, H, d]``, and those of the layer outputs ``[N, L, D]``.
+    Every process receives averages over tokens, in fp32 on the CPU: the head outputs of each layer ``[N, H, d]``, and
+    the outputs of all layers ``[N, L, D]``.
     """
     forward, layout = Forward(model, config.select_mode, inputs.autocast), head_layout(model_config(model))
     heads = [torch.empty(len(features), layer.n_heads, layer.head_dim) for layer in layout.layers]

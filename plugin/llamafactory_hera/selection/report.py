@@ -1,4 +1,4 @@
-"""The comparison of score files of one model, before training and after it, as tables and plots."""
+"""Compares score files of one model, from before and after training, in tables and plots."""
 
 import math
 import os
@@ -29,12 +29,12 @@ class Comparison(NamedTuple):
 
     files: Sequence[ScoreFile]
     names: Sequence[str]
-    targets: Targets  #: What the run of the last file aligned, or the least aligned heads or layers of the first file.
+    targets: Targets  #: The targets that the run of the last file aligned, or the least aligned in the first file.
     title: str  #: ``aligned`` or ``least aligned``.
 
     @property
     def rows(self) -> dict[str, list[float]]:
-        """The MKNN (or NaN) of each target in every file; also the ``mean``, and that of all ``others``."""
+        """The MKNN (or NaN) of each target in every file; also their ``mean`` and the mean of all ``others``."""
         scores = [file.ranked(self.targets.granularity) for file in self.files]
         rows = {str(target): [known.get(target, math.nan) for known in scores] for target in self.targets.items}
         both = [target for target in scores[0] if target in scores[-1] and target not in self.targets.items]
@@ -44,7 +44,7 @@ class Comparison(NamedTuple):
 
     @property
     def table(self) -> list[list[str]]:
-        """The header and rows: MKNN in every file, and the difference between the last and the first."""
+        """The header and the rows: MKNN in every file, and the difference between the last and the first."""
         cells = [
             [name, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"]
             for name, values in self.rows.items()
@@ -53,19 +53,19 @@ class Comparison(NamedTuple):
 
 
 def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None) -> Comparison:
-    """Compares the heads or layers that a run aligned in score files; ``ValueError`` if they cannot be compared.
+    """Compares the scores of a run's targets across files; raises ``ValueError`` if these cannot be compared.
 
     Args:
-        paths: Score files or run folders, starting before training; or one run folder with scores of both times.
+        paths: Score files or run folders, the one from before training first; or one run folder with both.
         names: A name for each file; the default is the name of its folder.
-        aligned: Names or a ``heads.json``. The default is what the run of the last file aligned, or, if that is not
-            known, the five least aligned heads or layers of the first file.
+        aligned: Names or a ``heads.json``. The default is the targets that the run of the last file aligned or, if
+            unknown, the five least aligned heads or layers of the first file.
     """
     if len(paths) == 1 and os.path.isdir(paths[0]):
         after = ScoreFile.load(Path(paths[0], RUN_FOLDER, SCORE_FILES[0]))
         paths, names = (_before(after), after.path), names or ("before", "after")
     if len(paths) < 2:
-        raise ValueError(f"report: {paths[0]} is a single file; give two files or more, or the folder of a run.")
+        raise ValueError(f"report: {paths[0]} is a single file; give two or more files, or the folder of a run.")
     files, names = load_files(paths, names, "report")
     first, last = files[0], files[-1]
     targets = last.marked if last.marked is not last.chosen else None  # a selection chose heads that no run aligned
@@ -75,15 +75,15 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
     ranked = first.ranked(granularity)
     title, targets = "aligned" if targets else "least aligned", targets or Targets(tuple(ranked)[:_COMPARED])
     if outside := [str(target) for target in targets.items if target not in ranked]:
-        raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; choose others.")
+        raise ValueError(f"--aligned: {', '.join(outside)} has no score in {first.path}; choose other targets.")
     return Comparison(files, names, targets, title)
 
 
 def _before(after: ScoreFile) -> Path:
-    """Returns the scores of a run's model before training that were measured like those after it.
+    """Returns the scores of a run's model from before training that are comparable with those after it.
 
     They are in the folder of the run, or in the folder of the model that it started from. Raises ``ValueError`` if
-    there are none.
+    there are no such scores.
     """
     places, problem = [after.path.with_name(name) for name in SCORE_FILES[1:]], "none exist"
     origins = [after.marked.provenance] if after.marked else []
@@ -95,14 +95,14 @@ def _before(after: ScoreFile) -> Path:
             return path
         except ValueError as error:
             problem = str(error)
-    raise ValueError(f"{after.folder} has no scores before training that were measured like those after it: {problem}")
+    raise ValueError(f"{after.folder} has no scores before training that are comparable to later scores: {problem}")
 
 
 def show(path: Path) -> Comparison | None:
     """Prints the table of a score file, and saves its plot under the same name with the suffix ``.png``.
 
-    For the scores of a run, also prints and returns the scores of what it aligned, together with those before training
-    if both were measured alike.
+    For the scores of a run, also prints and returns the scores of its targets, together with those before training if
+    both are comparable.
     """
     scored, compared, note = ScoreFile.load(path), None, ""
     targets = scored.marked
@@ -119,7 +119,7 @@ def show(path: Path) -> Comparison | None:
 
 
 def draw_scores(scored: ScoreFile, marked: Sequence[Target], limits: Sequence[float] = ()) -> Figure:
-    """Plots all heads, with a frame around ``marked`` ones, and the range of each layer (paper, fig. 3 left).
+    """Plots all heads, with frames around the ``marked`` heads, and the range of each layer (paper, fig. 3 left).
 
     ``limits`` are the ends of the color scale, by default the extreme scores.
     """

@@ -65,14 +65,14 @@ def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
 
 
 def _origin(config: HeraConfig, run: Run) -> dict[str, Any]:
-    """Returns the entries of the provenance by which an earlier selection is compared with this run."""
+    """Returns this run's entries of the provenance, for the comparison with an earlier selection."""
     digest = teacher_fingerprint(teacher_folder(config.teacher))
     keys = {"keys": selection_keys(config), "teacher": config.teacher, "teacher_fingerprint": digest}
     return keys | run.origin()
 
 
 def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | None:
-    """Returns the choice of an earlier selection with the same settings; a resumed run uses its checkpoint's."""
+    """Returns an earlier selection's choice with the same settings; a resumed run uses its checkpoint's choice."""
     now, checkpoint = _origin(config, run), run.checkpoint
     for place in [folder] if checkpoint is None else [Path(checkpoint) / RUN_FOLDER, folder]:
         path = place / file_name(config.granularity)

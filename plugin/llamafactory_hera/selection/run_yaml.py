@@ -1,4 +1,4 @@
-"""The keys of a recipe, changed by ruamel.yaml, which keeps comments, quotes, anchors and order."""
+"""Changes the keys of a recipe with ruamel.yaml, which keeps comments, quotes, anchors and order."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from ..files import write_text
 
 
 class RecipeFile(NamedTuple):
-    """A recipe that is read once, because its file may be a pipe, and may change while heads are scored."""
+    """A recipe that is read once, because its file may be a pipe or may change while heads are scored."""
 
     path: Path
     text: str
@@ -30,7 +30,7 @@ class RecipeFile(NamedTuple):
             raise ValueError(f"The recipe {path} cannot be read ({error}).") from error
 
     def with_keys(self, keys: Mapping[str, Any]) -> str:
-        """Returns the text with new values of some keys, and keeps comments and layout if ruamel.yaml can do so."""
+        """Returns the text with new values of some keys, keeping comments and layout if ruamel.yaml can."""
         with suppress(TypeError, ValueError):
             return json.dumps({**json.loads(self.text), **keys}, indent=2, ensure_ascii=False) + "\n"
         try:
@@ -48,7 +48,7 @@ class RecipeFile(NamedTuple):
         """Sets keys in the file, and keeps its mode and links; with ``check_only``, only raises the errors."""
         text, problem = self.with_keys(keys), ""
         if not (self.path.is_file() and os.access(self.path, os.W_OK)):
-            problem = "is not a file that can be written"
+            problem = "is not a writable file"
         elif RecipeFile.read(self.path) != self:
             problem = "was edited since it was read"
         elif lost := [line for line in re.findall(r"(?:^|\s)(#.*\S)", self.text, re.MULTILINE) if line not in text]:
@@ -65,7 +65,7 @@ def _round_trip(text: str, keys: Mapping[str, Any]) -> str:
     if re.search(r"^ +- ", text, re.MULTILINE):
         parser.indent(mapping=2, sequence=4, offset=2)
     document = parser.load(text)
-    # every parser reads PyYAML's values alike, for instance 1.0e-05 instead of 1e-05
+    # write values as PyYAML does (1.0e-05, not 1e-05), because all parsers agree on these
     document.update(parser.load(yaml.safe_dump(dict(keys))))
     parser.dump(document, written)
     return written.getvalue()

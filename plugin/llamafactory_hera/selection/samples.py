@@ -54,8 +54,8 @@ class SelectionInputs:
     weights: Path | nn.Module  #: The folder of the checkpoint, or the model in memory.
     dataset_name: str
     adapter_folders: list[Path] = field(default_factory=list)
-    autocast: torch.dtype | None = None  #: The half precision of the run, if it differs from that of the weights.
-    num_workers: int = 0  #: Processes that decode images.
+    autocast: torch.dtype | None = None  #: The half precision of the run, if the weights have a different dtype.
+    num_workers: int = 0  #: The number of processes that decode images.
     tokenizer: Any = None  #: Decodes captions for the gallery.
 
 
@@ -71,8 +71,8 @@ class Sample(NamedTuple):
 def with_mode(config: HeraConfig, model_configuration: Any, language_model_frozen: bool) -> HeraConfig:
     """Replaces ``hera_select_mode: auto`` with the mode that fits the model and the run, and logs the reason.
 
-    The paper scores the heads of a language model that has not seen an image yet. A model of ``build`` keeps the mode
-    after it was trained, so its scores before and after training can be compared.
+    The paper scores the heads of a language model that has not seen an image yet. A model from ``build`` keeps this
+    mode after training, so its scores before and after training can be compared.
     """
     if config.select_mode != AUTO:
         return config
@@ -123,7 +123,7 @@ def draw(
         try:
             features = source.encode(row)
         except Image.DecompressionBombError as error:  # an integration may open images with PIL
-            raise ValueError(f"dataset: sample {row} (counted from 0): {error}; reduce its image.") from error
+            raise ValueError(f"dataset: sample {row} (counted from 0): {error}; shrink this image.") from error
         if features is None or not usable(features):
             without_text += 1
         else:
@@ -132,12 +132,12 @@ def draw(
 
 
 def neighbor_count(config: HeraConfig, n: int) -> int:
-    """Returns the neighbors per sample: ``hera_select_k``, but at most half of the other samples."""
+    """Returns the number of neighbors per sample: ``hera_select_k``, but at most half of the other samples."""
     return min(config.select_k, (n - 1) // 2)
 
 
 def draw_samples(source: Source, config: HeraConfig, count: int | None = None) -> list[Sample]:
-    """Draws up to ``count`` samples, by default ``hera_select_samples``; they begin with those of a smaller count.
+    """Draws up to ``count`` samples, by default ``hera_select_samples``; a smaller count draws the first of these.
 
     A second sample of the same image is skipped, because the teacher would count the two as neighbors in any case. The
     paper does not describe how it treats such samples.
@@ -152,15 +152,15 @@ def draw_samples(source: Source, config: HeraConfig, count: int | None = None) -
     n, skipped = len(samples), f"{without_image} have no image, {without_text} have no text to average"
     if n < 3:
         raise ValueError(
-            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), and a "
+            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), but a "
             "selection needs 3 or more; use more data, or name the heads in hera_heads."
         )
     if n < count == config.select_samples:
-        logger.warning("hera_select_samples: %d were requested, and %d can be scored (%s).", count, n, skipped)
+        logger.warning("hera_select_samples: %d were requested, but only %d can be scored (%s).", count, n, skipped)
     if (chance := chance_level(n, k := neighbor_count(config, n))) > _HIGH_CHANCE:
         logger.warning(
-            f"hera_select_samples: {n} samples (hera_select_k: {config.select_k}, {k} taken) let unrelated features "
-            f"reach an MKNN of {chance:.2f}, so the ranking of heads is mostly noise; the paper uses 1,000 samples."
+            f"hera_select_samples: with {n} samples and {k} neighbors (hera_select_k: {config.select_k}), unrelated "
+            f"features reach an MKNN of {chance:.2f}, so the ranking of heads is mostly noise; the paper uses 1,000."
         )
     return samples
 

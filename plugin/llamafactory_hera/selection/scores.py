@@ -24,7 +24,7 @@ from .firmness import Firmness
 
 #: Files of scores, or folders of runs.
 Paths = Sequence[str | os.PathLike]
-#: The files with scores in the folder of a run: of the trained model, of the model before training, and selections.
+#: The files with scores in a run's folder: of the trained model, of the model before training, and of selections.
 SCORE_FILES = ("scores.json", "before.json", "heads.json", "layers.json")
 SELECTIONS = SCORE_FILES[2:]
 #: Two selections that share these entries choose the same targets, so ``auto`` reuses the earlier one.
@@ -44,10 +44,10 @@ def rank_targets(scores: ArrayLike) -> dict[Target, float]:
 
 
 def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0) -> tuple[Target, ...]:
-    """Chooses ``m`` heads by their MKNN ``[L, H]``, or layers by MKNN ``[L]``; omits those without a score (NaN).
+    """Chooses ``m`` heads by their MKNN ``[L, H]``, or layers by MKNN ``[L]``; skips targets without a score (NaN).
 
     ``worst``, the paper's choice, starts with the least aligned target, and ``top`` with the most aligned; ``random``
-    samples. ``middle`` takes the least aligned heads of the decoder layer ``L // 2``. This is our reading of the
+    draws targets. ``middle`` takes the least aligned heads of the decoder layer ``L // 2``. This is our reading of the
     paper's ablation "middle layer", and it keeps ``m`` the same for every strategy.
     """
     ranked, shape = rank_targets(scores), np.shape(scores)
@@ -55,8 +55,8 @@ def choose_targets(scores: ArrayLike, strategy: Strategy, m: int, seed: int = 0)
     if strategy == "middle":
         candidates = [target for target in candidates if target.layer == shape[0] // 2]
     if len(candidates) < m:
-        found = f"{len(candidates)} {'heads' if len(shape) == 2 else 'layers'} among which hera_select: {strategy}"
-        raise ValueError(f"hera_select_m: {m} is more than the {found} chooses; lower it.")
+        found = f"{len(candidates)} {'heads' if len(shape) == 2 else 'layers'} that hera_select: {strategy}"
+        raise ValueError(f"hera_select_m: {m} is more than the {found} can choose from; lower it.")
     if strategy == "top":
         candidates.sort(key=lambda target: (-ranked[target], target))
     if strategy == "random":
@@ -78,7 +78,7 @@ class ScoreFile:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
-        """Reads a file, or the scores or else the selection of a run folder; raises ``ValueError`` without scores."""
+        """Reads a file, or a run folder's scores or else selection; raises ``ValueError`` if there are no scores."""
         if os.path.isdir(path):
             files = (Path(path, RUN_FOLDER, name) for name in SCORE_FILES)
             path = next((file for file in files if file.is_file()), path)
@@ -90,14 +90,14 @@ class ScoreFile:
             heads, layers = (np.array(origin[name], dtype=float) for name in ("scores", "layer_scores"))
             lacking = {"model", "teacher", "dataset", "keys", "samples"} - origin.keys()
             if lacking or heads.ndim != 2 or layers.shape != heads.shape[:1] or np.isnan(heads).all():
-                raise ValueError(f"it lacks {', '.join(lacking) or 'scores that fit together'}")
+                raise ValueError(f"it lacks {', '.join(lacking) or 'scores of matching shapes'}")
             firmness = Firmness(**origin["firmness"])
             _ = firmness.table, firmness.note, firmness.warning  # raise if entries have other types
             return cls(Path(path), chosen, origin, origin["chance_level"], heads, layers, firmness)
 
     @property
     def marked(self) -> Targets | None:
-        """What a selection chose; for other scores in the folder of a run, what the run aligns, if it is known."""
+        """The targets that a selection chose or, for other scores in a run's folder, the run's targets, if known."""
         if self.path.name in SELECTIONS:
             return self.chosen
         path = next(filter(Path.is_file, map(self.path.with_name, SELECTIONS)), None)
@@ -110,7 +110,7 @@ class ScoreFile:
 
     @property
     def k(self) -> int:
-        """The neighbors per sample: ``hera_select_k``, or fewer if there were few samples."""
+        """The number of neighbors per sample: ``hera_select_k``, or fewer if there were few samples."""
         return round(self.chance * (self.provenance["samples"] - 1))
 
     @property
@@ -123,7 +123,7 @@ class ScoreFile:
         )
 
     def ranked(self, granularity: Granularity | None = None) -> dict[Target, float]:
-        """Ranks heads or layers, least aligned first; the default is the granularity of the selection."""
+        """Ranks heads or layers, by default those of the selection's granularity, least aligned first."""
         by_head = (granularity or self.chosen.granularity) == "head"
         return rank_targets(self.scores if by_head else self.layer_scores)
 
@@ -170,7 +170,7 @@ def render_table(scored: ScoreFile) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Lists the named entries that differ in two provenances, as ``name was …, is …``; the first may lack entries."""
-    # with an equal digest, a model is the same under any name and in any place
+    # models with equal digests are the same, whatever their names and folders
     same = {name for name, digest in _DIGESTS.items() if digest in before and before[digest] == now.get(digest)}
 
     def compared(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The selection of heads or layers on the rows of a training loop, which a collator encodes."""
+"""Selects heads or layers on the rows of a training loop, encoded by a collator."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .report import show
 from .resolve import untouched_random_state
 from .samples import Collate, Features, SelectionInputs, encode_caption, with_mode
 
-#: The number of rows that are searched for an image first. If none has one, all rows of a sized dataset are searched.
+#: The number of rows to search for an image first. If none has an image, all rows of a sized dataset are searched.
 N_SEARCHED = 1024
 _N_DIGESTED = 8  # rows in the digest of a dataset
 
@@ -51,7 +51,7 @@ def select_heads(
     Args:
         model: A transformers model, complete on this process.
         rows: The training data.
-        processor: The model's processor, or the tokenizer of a language model. None is allowed with ``collate``.
+        processor: The model's processor, or the tokenizer of a language model. It may be None if ``collate`` is given.
         hera: The ``hera_*`` keys.
         collate: Turns rows into a batch with ``labels``. The default reads the chat messages of a row: ``messages``,
             or ``prompt`` and ``completion``. The last message is the answer.
@@ -59,7 +59,7 @@ def select_heads(
         images_of: Maps a row to its images.
 
     Raises:
-        ValueError: The rows, the model or a key do not fit.
+        ValueError: The rows, the model or a key is unsuitable.
     """
     device = next(model.parameters()).device
     config = with_mode(hera, model_config(model), is_frozen(model))
@@ -97,12 +97,12 @@ def chat_collator(processor: Any, images_of: ImagesOf) -> Collate:
 
 
 def is_frozen(model: nn.Module) -> bool:
-    """Returns whether no parameter of the text decoder is trained."""
+    """Returns True if no parameter of the text decoder is trained."""
     return not any(parameter.requires_grad for parameter in text_decoder(model).parameters())
 
 
 class CollatedRows:
-    """Rows as a Source of samples, which a collator encodes. The caller protects random state."""
+    """A Source of samples: rows that a collator encodes. The caller must preserve the random state."""
 
     def __init__(
         self,
@@ -186,7 +186,7 @@ class CollatedRows:
 
 
 def spread(count: int) -> Sequence[int]:
-    """Lists up to :data:`N_SEARCHED` numbers below ``count``, evenly spaced from 0 on."""
+    """Lists up to :data:`N_SEARCHED` numbers below ``count``, evenly spaced from 0."""
     return range(0, count, max(1, -(-count // N_SEARCHED)))
 
 
@@ -201,7 +201,7 @@ def _pad_captions(captions: list[Features]) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a model to the device of the run and into evaluation mode, and back afterwards."""
+    """Moves a model to the device of the run and into evaluation mode, and restores both afterward."""
     training = [module for module in model.modules() if module.training]
     before = next(model.parameters()).device
     moved = before != device and not hasattr(model, "hf_device_map")

@@ -17,7 +17,7 @@ tags: [hera, hera-heads]{base}
 ---
 # The {what} of {model} for HeRA
 
-With `hera_{what}: hf:{repository}`, a run aligns these {what} with {teacher} by [Head-Wise Representation
+With `hera_{what}: hf:{repository}`, a run aligns these {what} with {teacher}, using [Head-Wise Representation
 Alignment](https://arxiv.org/abs/2606.23885). A run with another model or another teacher refuses them.
 
 {firmness}
@@ -29,7 +29,7 @@ Alignment](https://arxiv.org/abs/2606.23885). A run with another model or anothe
 
 
 def push(source: str | os.PathLike, repository: str, private: bool = False) -> str:
-    """Uploads the file of a selection, or the one in the folder of a run, with a card; returns the address."""
+    """Uploads a selection's file, or the one in a run's folder, with a card; returns the repository's address."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     inside = (Path(source, folder, name) for folder in (RUN_FOLDER, ".") for name in _FILES)
@@ -46,9 +46,9 @@ def push(source: str | os.PathLike, repository: str, private: bool = False) -> s
         if held is None or "hera-heads" in held.read_text(encoding="utf-8"):
             changes = [CommitOperationAdd(name, text.encode()) for name, text in files.items()]
             return str(api.create_commit(repository, changes, commit_message="Heads for HeRA").repo_url)
-    except Exception as error:  # errors of the client and of its HTTP library have no common base
+    except Exception as error:  # errors of the client and of its HTTP library have no common base class
         raise ValueError(f"heads: {repository} cannot be written ({' '.join(str(error).split())[:200]}).") from error
-    raise ValueError(f"heads: {repository} has a {_PAGE} about something else; give a repository of its own.")
+    raise ValueError(f"heads: {repository} has a {_PAGE} about something else; give a separate repository.")
 
 
 def pull(repository: str, folder: str | os.PathLike) -> Path:
@@ -63,7 +63,7 @@ def pull(repository: str, folder: str | os.PathLike) -> Path:
 
 
 def _public(value: Any) -> Any:
-    """Removes the folders from local paths, because they say something about this machine."""
+    """Removes the folders from local paths, because they reveal something about this machine."""
     if isinstance(value, list):
         return [_public(each) for each in value]
     return without_folder(value) if isinstance(value, str) else value

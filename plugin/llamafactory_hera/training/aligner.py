@@ -1,6 +1,6 @@
 """The alignment of one run (paper, eq. 9): selects the tokens to read and computes the weighted term.
 
-Any training loop can use it, as docs/plain_trainer.md shows; integrations/transformers.py does so for every Trainer.
+Any training loop can use it (docs/plain_trainer.md); integrations/transformers.py adds it to every kind of Trainer.
 """
 
 import os
@@ -31,21 +31,21 @@ from .watch import Watch
 
 
 class Aligner:
-    """The state and the steps of the method during one run, independent of any trainer.
+    """HeRA's state and steps during one run, independent of any trainer.
 
-    Under FSDP2 the term needs the LM loss in the same backward pass (https://github.com/pytorch/pytorch/issues/173709).
+    Under FSDP2, backpropagate the term together with the LM loss (https://github.com/pytorch/pytorch/issues/173709).
 
     Args:
         model: A transformers model, bare or under PEFT, before an engine wraps it.
         config: The ``hera_*`` keys.
         targets: The heads or layers to align; by default those in ``config``.
-        device: The device of the step; by default that of the model's first parameter.
+        device: The device of the training steps; by default, the device of the model's first parameter.
         dtype: The teacher's compute dtype.
         seed: The seed for initializing the objective and for its random numbers.
-        image_processor: The student's, for an objective on visual tokens; by default that of the model's folder.
+        image_processor: The student's, for an objective on visual tokens; by default, loaded from the model's folder.
 
     Raises:
-        ValueError: A target is outside the model, nothing before the targets is trained, or the teacher does not fit.
+        ValueError: A target is not in the model, nothing before the targets is trained, or the teacher is unsuitable.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Aligner:
         self.watch = Watch(config, self.targets, self.objective, device)
         #: The largest micro-batch of any process, in samples; if None, the processes agree on it for each micro-batch.
         self.batch_size: int | None = None
-        #: True if rows are packed: they hold several samples, and the processes agree on the number of these.
+        #: True if each row packs several samples; the processes then agree on a number of samples per micro-batch.
         self.packed = False
         self._media_token_ids = media_token_ids(model_configuration)
         self._n_steps = 0  # the optimizer steps that changed the objective's parameters
@@ -125,10 +125,10 @@ class Aligner:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
-        """Takes the teacher's inputs out of a batch and sets the tokens to read, before the forward pass.
+        """Pops the teacher's inputs from a batch and sets the tokens to read; call it before the forward pass.
 
         Returns the argument of :meth:`loss`, or None for a batch from a different collator, such as an evaluation
-        batch. Raises ``ValueError`` if the batch does not have a row for each sample, or if the first batch with
+        batch. Raises ``ValueError`` if the batch does not have one row per sample, or if the first batch with
         images lacks the model's image inputs or labels all text as the answer.
         """
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
@@ -153,7 +153,7 @@ class Aligner:
     def loss(self, prepared: Prepared | None) -> Tensor:
         """Computes the weighted term of the latest forward pass; every process must call it."""
         if prepared is None:
-            raise ValueError("loss: prepare returned None; use a batch of aligner.collator, or skip the term.")
+            raise ValueError("loss: prepare returned None; use a batch from aligner.collator, or skip the term.")
         representations = self.capture.representations()
         if len(self.cached):
             term = self.cached.take(representations)
@@ -184,14 +184,14 @@ class Aligner:
         self.capture.pool(None)
 
     def optimizer_step(self, learning_rate: float, scale: float | Tensor = 1.0, peak: float | None = None) -> None:
-        """Updates the objective's parameters unless a term was not finite, then clears their gradients.
+        """Updates the objective's parameters if every term was finite, then clears their gradients.
 
         Every process must call this method.
 
         Args:
             learning_rate: The run's learning rate at this step.
-            scale: The loss scaler's factor that the gradients still contain; 1 without a scaler.
-            peak: The peak of the run's learning rate schedule; ``hera_objective_lr`` needs one above 0.
+            scale: The loss scale that the gradients still include; 1 without a loss scaler.
+            peak: The peak of the run's learning rate schedule; ``hera_objective_lr`` needs a peak above 0.
         """
         if self.config.objective_lr is not None:
             if not peak:
@@ -215,13 +215,13 @@ class Aligner:
         self.capture.pool(None)
 
     def solve(self, scale: float | Tensor = 1.0) -> None:
-        """Computes the term of all collected passes, for :meth:`loss`; ``scale`` is that of :meth:`optimizer_step`."""
+        """Computes the term of all collected passes, for :meth:`loss`; for ``scale`` see :meth:`optimizer_step`."""
         self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self._n_rows))
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def logs(self) -> dict[str, float]:
-        """Returns the statistics since the last call; for pooled objectives they agree on all processes.
+        """Returns the statistics since the last call; for pooled objectives they are equal on all processes.
 
         Raises ``RuntimeError`` if ``hera_max_nan`` consecutive terms were not finite, or if the outputs of the two
         passes of gradient caching differ.
@@ -231,7 +231,7 @@ class Aligner:
         return {**self.watch.statistics.take(), **self.objective.values()}
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the targets and the state of objective, optimizer and memory into ``folder/hera``, atomically."""
+        """Writes the targets and the state of the objective, optimizer and memory into ``folder/hera``, atomically."""
         counted = {} if self.reader is None else {"micro_batches": torch.tensor(self.reader.n_micro_batches)}
         state = {**self.optimizer.state(), **self.memory.state_dict(), **counted}
         self._identity.save(folder, state, self.objective.values())
@@ -241,7 +241,7 @@ class Aligner:
         self._identity.check(folder)
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Restores the state that :meth:`save` wrote; raises ``ValueError`` if a different run did."""
+        """Restores the state from :meth:`save`; raises ``ValueError`` if a different run saved it."""
         state = self._identity.load(folder)
         with reading(folder, "a checkpoint of this run"):
             self.optimizer.load_state(state)

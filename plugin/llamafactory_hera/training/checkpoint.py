@@ -37,7 +37,7 @@ class RunIdentity:
     n_trained: int | None = None
 
     def save(self, folder: str | os.PathLike, state: dict[str, Tensor], values: dict[str, float]) -> None:
-        """Writes ``folder/hera``: tensors, targets, keys, identity and, for human readers, ``values`` to show."""
+        """Writes ``folder/hera``: tensors, targets, keys, identity, and ``values`` for human readers."""
         path = Path(folder) / RUN_FOLDER
         write_safetensors(path / _STATE_FILE, state)
         self.targets.save(path / file_name(self.targets.granularity))
@@ -45,7 +45,7 @@ class RunIdentity:
         write_json(path / _RUN_FILE, {**keys, **self._described(), "hera_teacher_name": self.config.teacher, **values})
 
     def load(self, folder: str | os.PathLike) -> dict[str, Tensor]:
-        """Checks a checkpoint, warns about changed keys that are allowed to change, and reads the saved tensors."""
+        """Checks a checkpoint, warns about permitted changes of keys, and reads the saved tensors."""
         now = self.config.keys()
         names = [key for key in RESUMABLE_KEYS if now[key] != AUTO]  # auto keeps the value of the checkpoint
         changed = changes(self.check(folder), now, names)
@@ -62,15 +62,15 @@ class RunIdentity:
         if checkpoint.name.startswith(PREFIX_CHECKPOINT_DIR) and not (checkpoint / TRAINER_STATE_NAME).is_file():
             raise ValueError(
                 f"resume_from_checkpoint: {folder} is incomplete: {TRAINER_STATE_NAME}, which is saved last, is "
-                "missing. Remove the folder, and resume an earlier checkpoint or start from the beginning."
+                "missing. Remove the folder, then resume from an earlier checkpoint or start from the beginning."
             )
-        remedy = "resume an undamaged checkpoint of a run with HeRA, or start a new run from its weights"
+        remedy = "resume from an undamaged checkpoint of a HeRA run, or start a new run from these weights"
         saved = _saved_keys(folder, "resume_from_checkpoint", remedy)
         identity = self._described()
         if changed := changes(dict.fromkeys(identity) | saved, identity, identity):
             raise ValueError(
                 f"resume_from_checkpoint: this run differs from the one that wrote {folder}: {'; '.join(changed)}. "
-                "Restore these settings, or start a new run."
+                "Restore the old settings, or start a new run."
             )
         return saved
 
@@ -89,7 +89,7 @@ class RunIdentity:
 def earlier_values(config: HeraConfig) -> dict[str, Tensor]:
     """Reads the tensors that an earlier run with the same objective saved in the folder ``hera_objective_from``."""
     folder = str(config.objective_from)
-    remedy = "give the output folder of a run with HeRA, or one of its checkpoints"
+    remedy = "give the output folder of a HeRA run, or one of its checkpoints"
     saved = _saved_keys(folder, "hera_objective_from", remedy)
     if changed := changes(saved, config.keys(), ("hera_objective", "hera_granularity", "hera_projector")):
         raise ValueError(
@@ -111,7 +111,7 @@ def _saved_keys(folder: str | os.PathLike, key: str, remedy: str) -> dict[str, A
 
 
 def checkpoint_of(training_args: Any) -> str | None:
-    """Finds the checkpoint to resume, as the Trainer does; raises ``ValueError`` if it does not exist."""
+    """Finds the checkpoint to resume from, as the Trainer does; raises ``ValueError`` if it does not exist."""
     requested, folder = training_args.resume_from_checkpoint, Path(training_args.output_dir)
     if not requested or str(requested).lower() == "false":
         return None
@@ -119,7 +119,7 @@ def checkpoint_of(training_args: Any) -> str | None:
         requested = (get_last_checkpoint(folder) if folder.is_dir() else None) or folder / f"{PREFIX_CHECKPOINT_DIR}-*"
     if not Path(requested).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint: {requested} does not exist; give the path of a checkpoint, or remove the key to "
+            f"resume_from_checkpoint: {requested} does not exist; set it to a checkpoint's path, or remove the key to "
             "start from the beginning."
         )
     return str(requested)
@@ -129,9 +129,9 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     """Loads a full checkpoint through ``from_pretrained`` if its tensor names differ from the model's.
 
     When transformers 5 saves some multimodal models, it renames their tensors (LLaVA: ``model.language_model.…``
-    becomes ``language_model.model.…``). The Trainer loads none of them and only warns (seen with 5.6.0, in plain SFT).
-    Returns False if the Trainer can load the checkpoint: it has no safetensors file of the model, or the names agree.
-    Raises ``ValueError`` if the checkpoint lacks weights of the model; the Trainer would only warn, and train on.
+    becomes ``language_model.model.…``). The Trainer then loads none and only warns (seen with 5.6.0, in plain SFT).
+    Returns False if the Trainer can load the checkpoint, because the names match or no file is in safetensors format.
+    Raises ``ValueError`` if the checkpoint lacks weights of the model; the Trainer would only warn and keep training.
     """
     adapter = isinstance(model, PeftModel)
     names: set[str] = set()
@@ -143,7 +143,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     state = get_peft_model_state_dict(model, save_embedding_layers=False) if adapter else model.state_dict()
     renamed = not (adapter or names <= state.keys())
     if renamed:
-        # A model may mix dtypes. fp32 represents all their values exactly, and load_state_dict casts each parameter.
+        # A model may mix dtypes. fp32 represents all values exactly, and load_state_dict casts each parameter.
         saved, found = type(model).from_pretrained(  # type: ignore[attr-defined]
             checkpoint, dtype=torch.float32, output_loading_info=True
         )
@@ -155,7 +155,7 @@ def load_renamed_weights(model: nn.Module, checkpoint: str | os.PathLike) -> boo
     if missing:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} lacks {len(missing)} tensors of the model, such as {min(missing)}; "
-            "resume an undamaged checkpoint, or start a new run."
+            "resume from an undamaged checkpoint, or start a new run."
         )
     if renamed:
         model.load_state_dict(saved.state_dict())

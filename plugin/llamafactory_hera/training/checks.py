@@ -1,4 +1,4 @@
-"""Refuses settings, trainers and models under which HeRA would be wrong or do nothing, before the first step."""
+"""Before the first step, refuses settings, trainers and models with which HeRA would be wrong or do nothing."""
 
 import sys
 from collections.abc import Mapping
@@ -17,11 +17,11 @@ from ..heads.targets import AUTO, hub_id
 from ..teachers.images import is_stream
 
 #: The reason why 8-bit floating-point training is refused (https://github.com/pytorch/ao/issues/3111).
-NO_FP8 = "its products take multiples of 16 tokens, and HeRA appends a row for each head"
+NO_FP8 = "fp8 matmuls need multiples of 16 tokens, but HeRA appends a row for each head"
 
 
 def named_targets(config: HeraConfig, model: nn.Module) -> Targets:
-    """Reads the heads or layers in the settings; those of a hub id must be this model's, and ``auto`` is refused."""
+    """Reads the heads or layers in the settings; refuses ``auto``, and a hub id selected for another model."""
     if config.named_targets == AUTO:
         raise ValueError(
             f"{config.targets_key}: auto works only in a Trainer with HeRA. In your own training loop, call "
@@ -40,17 +40,17 @@ def named_targets(config: HeraConfig, model: nn.Module) -> Targets:
 def idle_message(targets: Targets, why: str) -> str:
     """Returns the error message for a term that cannot change the targets."""
     return (
-        f"{targets.key}: the HeRA term cannot change {targets}: {why}. Train parameters before them (the projector, "
+        f"{targets.key}: the HeRA term cannot change {targets}: {why}. Train earlier parameters (the projector, "
         "the language model, or adapters on more of its layers), or choose later layers."
     )
 
 
 def check_trainable(model: nn.Module, targets: Targets) -> None:
-    """Refuses a model in which no parameter that influences the targets is trained."""
+    """Refuses a model without a trained parameter that influences the targets."""
     whole_layer = targets.granularity == "layer"
     if not any(trainable_upstream(model, layer, whole_layer) for layer in targets.layers):
         trained = ", ".join([name for name, p in model.named_parameters() if p.requires_grad][:3]) or "nothing"
-        raise ValueError(idle_message(targets, f"no parameter that influences them is trained (only {trained} …)"))
+        raise ValueError(idle_message(targets, f"no trained parameter influences them (trained: {trained} …)"))
 
 
 def check_output(output_dir: str, inputs: Mapping[str, str | None]) -> None:
@@ -96,11 +96,11 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
         raise ValueError("model_init: train() would build a new model, which HeRA does not read; pass a model.")
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
     if len(devices) > 1:
-        raise ValueError(f"device_map: the model is on {', '.join(devices)}, but HeRA needs one device; remove it.")
+        raise ValueError(f"device_map: HeRA needs the model on one device, not {', '.join(devices)}; remove the map.")
     if is_stream(trainer.train_dataset) and world_size() > 1 and trainer.accelerator.dispatch_batches is not False:
         raise ValueError(
-            "accelerator_config: with dispatch_batches, one process reads the stream for all and joins batches by the "
-            "keys of the first batch, which loses images; set accelerator_config: {dispatch_batches: false}."
+            "accelerator_config: with dispatch_batches, one process reads the stream for all processes and joins "
+            "batches by the first one's keys, losing images; set accelerator_config: {dispatch_batches: false}."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -110,6 +110,6 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
         )
     if "unsloth" in sys.modules:
         raise ValueError(
-            "unsloth: importing it replaces the attention and the checkpointing from which HeRA reads heads; load the "
+            "unsloth: importing it replaces the attention and the checkpointing that HeRA relies on; load the "
             "model with transformers, and do not import unsloth."
         )

@@ -18,15 +18,15 @@ NO_IMAGE, CACHED, PIXELS = 0, 1, 2
 #: The prefix of every added tensor; ``Aligner.prepare`` removes these tensors before the model sees the batch.
 PREFIX = "hera_"
 
-_TAIL = 16  # tokens by which a row is recognized; a collator may change its start
+_TAIL = 16  # final tokens that identify a row, because a collator may change its start
 
 
 class Piece(NamedTuple):
     """A sample in a packed row."""
 
-    start: int  #: Its first token in the row.
-    stop: int  #: The token after its last one.
-    images: list[int]  #: The indices of its images among those of the row.
+    start: int  #: The position of its first token in the row.
+    stop: int  #: The position after its last token.
+    images: list[int]  #: The indices of its images among the row's images.
 
 
 #: Maps a packed row to its samples.
@@ -35,21 +35,21 @@ PiecesOf = Callable[[Any], list[Piece]]
 
 @dataclass(eq=False)
 class HeraCollator:
-    """Wraps a collator, and adds these tensors to the batch. B counts samples, of which packed rows hold several.
+    """Wraps a collator, and adds these tensors to the batch. B counts samples; a packed row has several.
 
     - ``hera_source [B]``: :data:`NO_IMAGE`, :data:`CACHED` or :data:`PIXELS`.
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
       every floating-point input to the model's dtype.
-    - ``hera_keys [B, 16]``: the keys of the images, by which copies and cached features are found; 0 without an image.
-    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`. They are listed because a search on the device
-      would make the CPU wait.
+    - ``hera_keys [B, 16]``: the images' keys, which identify copies and cached features; 0 without an image.
+    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`. They are listed because searching the
+      device for them would make the CPU wait.
     - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
     - ``hera_image [B, 2]``: the image's index and the number of images. It replaces ``hera_pixels`` if the teacher
       sees the student's pixels.
-    - ``hera_pieces``, with the shape of ``input_ids``: for packed rows, the number of each token's sample, from 1; 0
+    - ``hera_pieces``, shaped like ``input_ids``: for packed rows, the number of each token's sample, counted from 1; 0
       for padding.
 
-    :meth:`.Aligner.collator` creates it.
+    :meth:`.Aligner.collator` creates this collator.
     """
 
     #: The collator of the training loop, which must keep the order of the samples.
@@ -58,23 +58,23 @@ class HeraCollator:
     processor: TeacherProcessor | None
     #: The cache of teacher features, if any.
     cache: FeatureCache | None = None
-    #: The index of the image to use from a sample with several; clamped to their number.
+    #: The index of the image to use if a sample has several, clamped to its last image.
     image_index: int = 0
     #: Maps a row of the dataset to its images.
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     #: Columns to remove before ``collate`` is called.
     drop: tuple[str, ...] = ()
-    #: Decodes the images in a row that :func:`~..teachers.images.undecoded` left as files.
+    #: Decodes the images that :func:`~..teachers.images.undecoded` left as files in a row.
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    #: The image placeholder and the number of placeholders per image; batches with other numbers are refused.
+    #: The id of the image placeholder and its count per image; batches with other counts are refused.
     tokens: tuple[int, int] | None = None
-    #: Maps a packed row to its samples, whose tokens must not attend to each other; None if a row is one sample.
+    #: Maps a packed row to its samples, which must not attend to each other; None if each row is one sample.
     pieces_of: PiecesOf | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collates ``rows`` and adds the teacher's tensors."""
-        # Read the images before collating: a host's collator may pop them out of the rows, and give a batch without
-        # any image a white dummy image.
+        # Read the images before collating: a host's collator may pop them from the rows, and add a white dummy
+        # image to a batch without images.
         pieces = None if self.pieces_of is None else [self.pieces_of(row) for row in rows]
         stored = self._images(rows, pieces)
         chosen = [(chosen_image(len(images), self.image_index), len(images)) for images in stored]
@@ -112,13 +112,13 @@ class HeraCollator:
         return [[images[index] for index in piece.images] for images, piece in placed]
 
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
-        """Creates the tensors from each sample's image, decoded and as stored; None for a sample without an image."""
+        """Creates the tensors from each sample's image, decoded and as stored, or None if it has no image."""
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
         pending = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(pending)] = PIXELS
         batch = {"hera_source": source, "hera_keys": torch.zeros(len(images), KEY_BYTES, dtype=torch.uint8)}
         keys: list[bytes] = []
-        if self.cache is not None or self.processor is not None:  # an objective on tokens compares no images
+        if self.cache is not None or self.processor is not None:  # objectives on tokens compare no images
             keys = [decoded_key(image, file) for image, file in pending.values()]
             for row, key in zip(pending, keys, strict=True):
                 batch["hera_keys"][row] = torch.frombuffer(bytearray(key), dtype=torch.uint8)
@@ -139,7 +139,7 @@ class HeraCollator:
 
 
 def _check_order(rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
-    """Raises ``ValueError`` if tokenized rows stand elsewhere in the batch, because they would get other images."""
+    """Raises ``ValueError`` if the batch reorders tokenized rows, because they would get the wrong images."""
     ids, tails = batch["input_ids"], [row.get("input_ids") for row in rows]
     if None in tails or len(ids) != len(tails):
         return
@@ -149,6 +149,6 @@ def _check_order(rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
     for number, (tail, own) in enumerate(zip(tails, found, strict=True)):
         if tail != own and tail in found:
             raise ValueError(
-                f"data_collator: sample {number} of a batch leaves it as number {found.index(tail)}; keep the order "
+                f"data_collator: it moves sample {number} of a batch to position {found.index(tail)}; keep the order "
                 "of the samples, because HeRA adds the teacher's features in that order."
             )

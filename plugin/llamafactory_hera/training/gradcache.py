@@ -2,7 +2,7 @@
 
 A first pass without a graph collects the representations of every micro-batch. The loss over all of them yields a
 gradient for each representation. Then every micro-batch runs again, with a graph, and receives its part of that
-gradient (sec. 3 of that paper). The cost is a second forward pass, but no memory beyond one micro-batch.
+gradient (their sec. 3). This costs a second forward pass, but no memory beyond one micro-batch.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class GradientCache:
         self._waiting.append((representations.detach().float().requires_grad_(), teacher, valid, keys))
 
     def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
-        """Computes ``weight * L_HeRA`` over all micro-batches of all processes; ``scale`` is that of a loss scaler."""
+        """Computes ``weight * L_HeRA`` over all micro-batches of all processes; ``scale`` is the loss scale."""
         self._n_batches = len(self._waiting)
         representations, teacher, valid, keys = zip(*self._waiting, strict=True)
         n_rows = batch_size and batch_size * self._n_batches
@@ -52,7 +52,7 @@ class GradientCache:
     def take(self, representations: Tensor) -> Tensor:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
-        The result is a surrogate, whose mean over the micro-batches has the value and the gradient of the step's term.
+        The result is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term.
         The gradient is computed from the first pass; :meth:`check` refuses a second pass with other representations.
         """
         first, _, valid, _ = self._waiting.pop(0)
@@ -71,8 +71,8 @@ class GradientCache:
         """Raises ``RuntimeError`` if the two passes of a micro-batch differ; the CPU waits for the device here."""
         if self._difference is not None and (difference := float(self._difference)) > _TOLERANCE:
             raise RuntimeError(
-                f"hera_accumulate: gradcache runs each micro-batch twice, and the outputs of the two passes differ by "
-                f"{difference:.0%}, because this model draws random numbers that are not repeated. Set "
+                f"hera_accumulate: gradcache runs each micro-batch twice, but the outputs of the two passes differ by "
+                f"{difference:.0%}, because this model draws new random numbers in the second pass. Set "
                 "hera_accumulate: none instead."
             )
 

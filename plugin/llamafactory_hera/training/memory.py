@@ -1,4 +1,4 @@
-"""A memory of the latest pairs of representation and teacher feature, which serve as additional candidates.
+"""A memory of the latest (representation, teacher feature) pairs, which serve as additional candidates.
 
 It follows cross-batch memory for embedding learning (Wang et al., CVPR 2020, arXiv 1912.06798). HeRA's paper has no
 such memory; it is this project's addition for small global batches.
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class CrossBatchMemory:
-    """A first-in-first-out queue of detached pairs, equal on all processes because each adds the gathered batch.
+    """A first-in-first-out queue of detached pairs, equal on all processes because they all add the gathered batch.
 
-    It has ``size`` places, empty ones first, so the CPU never waits to know how many are filled. Without a size,
-    :meth:`settle` chooses one by which each sample has the ``needed`` candidates.
+    It always has ``size`` slots, empty slots first, so the CPU never waits to learn how many are filled. Without a
+    given size, :meth:`settle` chooses a size that provides each sample with the ``needed`` candidates.
     """
 
     def __init__(self, size: int | None, needed: int = 0) -> None:
@@ -22,12 +22,12 @@ class CrossBatchMemory:
     def clear(self) -> None:
         """Forgets all pairs, and the size if :meth:`settle` chose it."""
         self.size = self._given
-        #: Representations ``[n_targets, size, D]``, teacher ``[size, D_teacher]``, filled places, bool ``[size]``, and
-        #: the ids of their images ``[size, 2]``.
+        #: Representations ``[n_targets, size, D]``, teacher features ``[size, D_teacher]``, a boolean mask of filled
+        #: slots ``[size]``, and the ids of their images ``[size, 2]``.
         self.pairs: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def settle(self, n_compared: int) -> None:
-        """Chooses the size for ``n_compared`` samples that are compared at once, unless the size is known."""
+        """Chooses the size, if it is not yet set, for ``n_compared`` samples that are compared at once."""
         if self.size is None:
             self.size = max(0, self._needed - (n_compared - 1))
 
@@ -45,7 +45,7 @@ class CrossBatchMemory:
         )
         z, teacher = torch.cat([old_z.to(z), z], dim=1), torch.cat([old_teacher.to(teacher), teacher])
         filled, image_ids = torch.cat([filled.to(valid), valid]), torch.cat([old_image_ids.to(image_ids), image_ids])
-        # a stable sort puts empty places first and keeps the order of the others
+        # a stable sort puts empty slots first and keeps the order of the others
         last = filled.byte().argsort(stable=True)[-self.size :]
         filled = filled[last]
         rows = filled.unsqueeze(1)
@@ -61,7 +61,7 @@ class CrossBatchMemory:
         return {f"memory.{name}": each for name, each in {**kept, "size": torch.tensor(self.size)}.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`; a queue of a smaller given size drops the oldest pairs."""
+        """Restores the result of :meth:`state_dict`; a smaller given size drops the oldest pairs."""
         self.clear()
         if "memory.teacher" in state:
             teacher, image_ids = state["memory.teacher"], state["memory.image_ids"]

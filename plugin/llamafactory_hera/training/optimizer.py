@@ -15,7 +15,7 @@ class ObjectiveOptimizer:
 
     Every process updates its replica with the average of all gradients. If each process computes the loss of its own
     samples, the average is the gradient of the global batch. If all compute the loss of the global batch, their
-    gradients differ by rounding, from which AdamW would make different full steps where a gradient is almost zero.
+    gradients differ only by rounding, but AdamW would turn near-zero gradients into different full steps.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -26,7 +26,7 @@ class ObjectiveOptimizer:
         self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
-        """Divides the gradients by ``scale``, updates if all are finite and ``skip`` is not true, and clears them."""
+        """Divides the gradients by ``scale``, steps if all are finite and ``skip`` is false, and clears them."""
         if self._optimizer is None:
             return
         self.reduce_gradients()

@@ -1,4 +1,4 @@
-"""The teacher of a run with its cache, which turns the collator's tensors into features in the training step."""
+"""The teacher of a run and its cache, which turn the collator's tensors into features in each training step."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,7 @@ logger = logging.getLogger("llamafactory_hera")
 
 
 class TeacherFeatures:
-    """Looks up or computes the teacher's features of a batch; for tokens, ``student`` describes the shared pixels.
+    """Looks up or computes the teacher's features; for objectives on tokens, ``student`` describes the shared pixels.
 
     ``torch.where`` selects the cached samples on the device. The CPU waits for the device only when it adds computed
     features to the cache, once per image.
@@ -61,7 +61,7 @@ class TeacherFeatures:
         return features if self.student is None else features.unflatten(1, (n_tokens, -1))
 
     def _store(self, inputs: dict[str, Tensor], computed: Tensor) -> Tensor:
-        """Sends features to the cache, and returns them rounded as stored there, so a resumed run reads the same."""
+        """Caches features, and returns them as rounded by the cache, so a resumed run reads the same values."""
         if self.cache is None:
             return computed
         rounded, keys = computed.half(), inputs["hera_keys"][inputs["hera_rows"]].cpu()

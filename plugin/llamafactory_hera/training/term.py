@@ -17,17 +17,17 @@ from .memory import CrossBatchMemory
 class TermOutput:
     """The term of a step with its statistics. All tensors stay on the device, so that no step waits for them.
 
-    All values but ``gradient_expected`` are those of the global batch, equal on every process.
+    All values except ``gradient_expected`` describe the global batch and are equal on every process.
     """
 
     loss: Tensor  #: A scalar with gradients; 0 if no sample entered or a value was not finite.
     n_samples: Tensor  #: The number of samples that entered the loss.
-    n_duplicates: Tensor  #: The number of pairs of samples that were not compared because both show the same image.
+    n_duplicates: Tensor  #: The number of sample pairs that were not compared because both show the same image.
     sound: Tensor  #: True if every value was finite; if false, loss and gradient are 0.
-    broken: Tensor  #: ``[n_targets]``, those with a non-finite value.
-    gradient_expected: Tensor  #: True if the backward pass must reach every sample of this process in the loss.
-    comparable: Tensor  #: True if the loss can be compared with the loss of other steps, and is therefore logged.
-    #: The MKNN of student and teacher in the batch, ``[n_targets]``; NaN if not measured, None for tokens.
+    broken: Tensor  #: Boolean ``[n_targets]``, true for targets with a non-finite value.
+    gradient_expected: Tensor  #: True if the backward pass must reach this process's samples in the loss.
+    comparable: Tensor  #: True if the loss is comparable with that of other steps, and is therefore logged.
+    #: The MKNN of student and teacher in the batch, ``[n_targets]``; NaN if not measured, None for token objectives.
     mknn: Tensor | None = None
     chance: Tensor | None = None  #: The MKNN of unrelated features in this batch; NaN or None whenever ``mknn`` is.
 
@@ -38,7 +38,7 @@ class Prepared:
 
     valid: Tensor  #: Boolean ``[B]``, true if the sample has an image and tokens to read.
     inputs: dict[str, Tensor]  #: The tensors that :class:`~.collator.HeraCollator` added to the batch.
-    planned: bool = False  #: True if the objective chose the samples that enter; choosing none is then no error.
+    planned: bool = False  #: True if the objective chose the samples in the loss, possibly none.
     pixels: Tensor | None = None  #: The images as the student sees them, for an objective on tokens.
     context: dict[str, Tensor] = field(default_factory=dict)  #: The tensors of the objective's plan.
 
@@ -50,7 +50,7 @@ class HeraTerm:
     objective: Objective
     #: Teacher neighbors per sample; at most half of a sample's candidates become its neighbors.
     k: int
-    #: True for cosine similarity, false for the dot product; for student and teacher.
+    #: The similarity, for student and teacher: cosine similarity if true, the dot product if false.
     normalize: bool
     memory: CrossBatchMemory
 
@@ -67,7 +67,7 @@ class HeraTerm:
         Args:
             representations: Student representations, ``[n_targets, B, D]``.
             teacher: Teacher features of the same samples, ``[B, D_teacher]``.
-            valid: Boolean ``[B]``; the values of the other samples are arbitrary.
+            valid: Boolean ``[B]``; the values of invalid samples are arbitrary.
             n_rows: An upper bound on B over all processes. If None, the processes communicate to agree on a bound.
             keys: The keys of the images, uint8 ``[B, 16]``; 0 if unknown.
         """
@@ -95,7 +95,7 @@ class HeraTerm:
     def _batch(
         self, representations: Tensor, teacher: Tensor, valid: Tensor, n_rows: int | None, keys: Tensor | None
     ) -> tuple[PooledBatch, Tensor]:
-        """Gathers the samples of all processes, padded to a common number on each; returns also the ids of images."""
+        """Gathers the samples of all processes, padded to the same number on each; also returns the image ids."""
         missing = 0
         if world_size() > 1:
             n_rows = common_row_count(len(valid), valid.device) if n_rows is None else n_rows
@@ -111,7 +111,7 @@ class HeraTerm:
         teacher = torch.where(valid.view(-1, 1), teacher.float(), 0.0)
         others = torch.cat([ids, valid.view(-1, 1).float(), teacher], dim=1)
         own, others = pad(own, (0, 0, 0, missing)), pad(others, (0, 0, 0, missing))
-        # one collective for all; processes are concatenated along the first axis
+        # one collective for all tensors; it concatenates the processes along the first axis
         gathered = gather_rows(torch.cat([others, own.transpose(0, 1).flatten(1)], dim=1))
         ids, valid, teacher = gathered[:, : others.shape[1]].detach().split([2, 1, teacher.shape[1]], dim=1)
         z, valid = gathered[:, others.shape[1] :].unflatten(1, (len(own), -1)).transpose(0, 1), valid.squeeze(1) > 0
@@ -134,11 +134,11 @@ def _image_ids(keys: Tensor) -> Tensor:
 
 
 def check_shape(objective: Objective, losses: Tensor, *shapes: list[int]) -> None:
-    """Raises ``ValueError`` if an objective returns losses of another shape than these."""
+    """Raises ``ValueError`` if an objective's losses have none of these shapes."""
     if list(losses.shape) not in shapes:
         raise ValueError(
             f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; return one for each target and "
-            f"each sample of the process, {' or one for each target, '.join(map(str, shapes))}."
+            f"each sample of the process: {' or one for each target: '.join(map(str, shapes))}."
         )
 
 
@@ -147,12 +147,12 @@ def mean_term(
 ) -> tuple[TermOutput, tuple[Tensor, ...]]:
     """Computes the term from the losses of this process's samples; every process must call it.
 
-    The term has the value of the mean over the global batch. Its gradient is that of the losses of this process, times
+    The value of the term is the mean over the global batch. Its gradient comes from the losses of this process, times
     the number of processes, so an engine that averages gradients yields the gradient of the mean.
 
     Args:
         losses: ``[n_targets, n]``, or ``[n_targets]`` if every process computed the loss of the global batch.
-        enters: Boolean ``[n]``, the samples that enter the loss.
+        enters: Boolean ``[n]``, true for samples that enter the loss.
         inputs: The representations ``[n_targets, n, ...]``, and other inputs of the losses. They receive a gradient of
             0 if any value on any process is not finite.
         teacher: The teacher's features of the same samples.

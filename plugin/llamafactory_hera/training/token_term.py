@@ -21,14 +21,14 @@ from .term import Prepared, TermOutput, check_shape, mean_term
 class StudentImages:
     """Gives the teacher the pixels that the student sees, so each visual token and its patch show the same place."""
 
-    side: int  #: Number of tokens along each side of an image's grid.
+    side: int  #: The number of tokens along each side of an image's grid.
     processor: Any  #: The student's image processor.
     #: Pixels along each side that the vision tower's patches cover (378 of 384 at patch size 14); 0 means all.
     covered: int = 0
     _held: dict[torch.device, tuple[Tensor, ...]] = field(default_factory=dict, init=False, compare=False)
 
     def pixels(self, batch: dict[str, Any], image: Tensor) -> Tensor:
-        """Selects each sample's image by ``hera_image``, without the student's normalization: ``[B, 3, S, S]``."""
+        """Selects each sample's image by ``hera_image`` and undoes the student's normalization: ``[B, 3, S, S]``."""
         values = batch.get("pixel_values")
         if values is None:  # a batch without images
             return torch.zeros(len(image), 3, 1, 1, device=image.device)
@@ -50,21 +50,21 @@ class StudentImages:
 
 
 def student_images(config: HeraConfig, model_configuration: Any, image_processor: Any) -> StudentImages | None:
-    """Describes the student's images for an objective on tokens; returns None for one on pooled vectors."""
+    """Describes the student's images for an objective on tokens; returns None for objectives on pooled vectors."""
     objective = config.objective_class()
     if not issubclass(objective, TokenObjective):
         return None
     objective.check_model(model_configuration, model_configuration._attn_implementation)
     side, name = grid_side(model_configuration, config.objective), model_configuration._name_or_path
-    if image_processor is None:  # that of the model's folder
+    if image_processor is None:  # use the one in the model's folder
         try:
             image_processor = AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model: {name!r} contains no image processor ({error}), and HeRA needs its normalization of pixels; "
+                f"model: {name!r} contains no image processor ({error}), but HeRA must undo its pixel normalization; "
                 "save the model's processor there."
             ) from error
-    # A vision model sees only the pixels that the patches cover; other kinds of teachers see the full image.
+    # A vision teacher sees only the pixels that the student's patches cover; other teachers see the full image.
     patch = model_configuration.vision_config.patch_size if objective.teacher_class is None else 0
     return StudentImages(side, image_processor, covered=side * patch)
 
@@ -100,7 +100,7 @@ class TokenReader:
 def token_term(objective: TokenObjective, batch: TokenBatch) -> TermOutput:
     """Computes the term from this process's samples; every process must call it, even without images.
 
-    Gathering all tokens would be too expensive.
+    It does not gather the tokens, because that would be too expensive.
     """
     valid = batch.valid
     tokens = torch.where(valid.view(1, -1, 1, 1), batch.tokens.float(), 0.0)

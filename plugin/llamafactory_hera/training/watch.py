@@ -1,4 +1,4 @@
-"""Checks that the term of a run is never silently without effect, and collects its statistics on the device."""
+"""Detects a term that silently has no effect, and collects the statistics of a run on the device."""
 
 import logging
 import math
@@ -35,7 +35,7 @@ class Watch:
         self.left_out: Tensor | None = None
         self._config, self._targets, self._objective = config, targets, objective
         self._batch_checked = self._gradient_due = self._entered = self._gradient_expected = False
-        self._idle_steps: int | None = 0  # None once a sample has entered
+        self._idle_steps: int | None = 0  # None once a sample has entered the loss
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
         self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
         self._broken = torch.zeros(len(targets.items), dtype=torch.bool, device=device)
@@ -43,7 +43,7 @@ class Watch:
     # -- before the first forward pass -----------------------------------------------------------------------------
 
     def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
-        """Raises ``ValueError`` if, in the first batch with images, the collator drops them or labels the prompt."""
+        """Raises ``ValueError`` if the collator drops images or labels prompts in the first batch with images."""
         if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
         self._batch_checked = True
@@ -57,8 +57,8 @@ class Watch:
             lack = f"the batch contains no pixel_values (only {', '.join(batch)}), so the model would not see them"
         if lack is not None:
             raise ValueError(
-                f"data_collator: {len(text)} samples of the first batch have images, but {lack}. Pass it the images "
-                "(remove_unused_columns=False, a processor), and raise the maximum length of a sample."
+                f"data_collator: {len(text)} samples of the first batch have images, but {lack}. Pass the images to "
+                "the collator (remove_unused_columns=False, a processor), or raise the maximum length of a sample."
             )
         if self._config.pooling == "answer" and labels is not None:
             labeled = labels[has_image] != IGNORE_INDEX
@@ -74,7 +74,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics; a batch is not empty if the objective ``planned`` to use none of it."""
+        """Adds a term to the statistics; a batch whose samples the objective ``planned`` never counts as empty."""
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
@@ -124,7 +124,7 @@ class Watch:
         where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
         if not self._was_finite.item():
-            remedy = "No step was finite: the model's weights may hold NaN, or may not fit fp16; use other weights"
+            remedy = "No step was finite: the model's weights may be NaN or exceed fp16's range; use other weights"
         if not where:
             where, remedy = "the teacher's features", "Check the teacher's weights and the images"
         raise RuntimeError(
@@ -149,7 +149,7 @@ class Watch:
 
 
 class RunningMeans:
-    """The means of step statistics between two log lines, without NaN values; the sums stay on the device."""
+    """The means of step statistics between two log lines, ignoring NaN; the sums stay on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -169,7 +169,7 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + increment.long()
 
     def take(self) -> dict[str, float]:
-        """Returns means and counts since the last call; NaN where no value was known."""
+        """Returns means and counts since the last call; a mean without values is NaN."""
         # 0 / 0 is NaN on the device
         means = {name: (total / self._numbers[name]).item() for name, total in self._sums.items()}
         counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
