@@ -62,7 +62,7 @@ def test_weight_files_are_chosen_in_the_order_of_transformers_and_not_beside_an_
     (model / "pytorch_model.bin").touch()
     (model / "adapter_model.safetensors").touch()
     (model / "adapter_config.json").touch()
-    with pytest.raises(ValueError, match="model contains an adapter and whole weights"):
+    with pytest.raises(ValueError, match="model contains both an adapter and full weights"):
         is_adapter(model)
     assert weight_files(model) == [model / "model.safetensors"]
     (model / "model.safetensors").unlink()

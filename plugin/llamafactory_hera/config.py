@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .objectives import Objective
 
 Strategy = Literal["worst", "top", "random", "middle"]
-#: The model whose heads are scored. ``hera_select_mode`` also allows ``auto``, which becomes one of these.
+#: The model whose heads are scored. ``hera_select_mode`` also allows ``auto``, which resolves to either mode.
 Mode = Literal["llm", "mllm"]
 
-#: The numbers of samples that ``hera_select_samples: auto`` tries in turn; outputs take about 1 MB per sample.
+#: The sample counts that ``hera_select_samples: auto`` tries in turn; model outputs take about 1 MB per sample.
 AUTO_SAMPLES = (1000, 2000, 4000, 8000)
 
 _MOST_HEADS = 5  # with ten heads, the paper's Qwen2.5-3B collapsed (the average "All" fell from 54.2 to 46.0)
@@ -45,9 +45,9 @@ FIXED_KEYS = (
     "hera_pooling",
     "hera_similarity",
 )
-#: The keys that a resumed run may change; it then warns that its curves do not continue those of the checkpoint.
+#: The keys that a resumed run may change; the run then warns that its curves do not continue the checkpoint's.
 RESUMABLE_KEYS = ("hera_weight", "hera_k", "hera_objective_lr", "hera_memory", "hera_accumulate", "hera_image_index")
-#: The keys that only some objectives read; ``Objective.reads`` lists those of an objective.
+#: The keys that only some objectives read; ``Objective.reads`` lists the keys of each objective.
 OBJECTIVE_KEYS = (
     "hera_k",
     "hera_temperature",
@@ -66,30 +66,31 @@ OBJECTIVE_KEYS = (
 
 @dataclass(frozen=True)
 class HeraConfig(KeyedConfig):
-    """The settings of a HeRA run: the field ``x`` is the key ``hera_x``. Defaults are the paper's where it has one."""
+    """The settings of a HeRA run: the field ``x`` is the key ``hera_x``. Defaults follow the paper where possible."""
 
     PREFIX: ClassVar[str] = "hera_"
 
     heads: str | None = knob(
         AUTO,
-        "Attention heads to align: auto selects them before training; or give names such as L13H12,L7H6 (layer and "
-        "head, zero-based), the path of a heads.json file or a hub id such as hf:owner/name, or paper (table 5).",
+        "Attention heads to align. auto selects them before training; otherwise, give names such as L13H12,L7H6 "
+        "(layer and head, zero-based), the path of a heads.json file, a hub id such as hf:owner/name, or paper "
+        "(table 5).",
     )
     objective: str = knob(
         "contrastive",
-        "The alignment loss: HeRA's loss over neighbors (contrastive); matching visual tokens to the teacher's "
-        "patches (feature, viral), or similarities of visual tokens to those of patches (gram); predicting hidden "
-        "patches (jarvis) or noise in an autoencoder's latents (ross); 1 - CKA over the batch (cka); or your own "
-        "class, written as my_package.my_module:MyObjective.",
+        "The alignment loss: contrastive (HeRA's loss over neighbors), feature or viral (visual tokens match the "
+        "teacher's patches), gram (token similarities match patch similarities), jarvis (predicts hidden patches), "
+        "ross (predicts noise in an autoencoder's latents), cka (1 - CKA over the batch), or your own class, written "
+        "as my_package.my_module:MyObjective.",
     )
     granularity: Granularity = knob(
         "head", "Align attention heads (head, with hera_heads) or decoder layers (layer, with hera_layers)."
     )
     layers: str | None = knob(
         AUTO,
-        "Decoder layers to align with hera_granularity: layer. auto selects them before training; or give names such "
-        "as L14,L15 (zero-based), the path of a layers.json file, middle, penultimate, or final (the last norm's "
-        "output).",
+        "Decoder layers to align with hera_granularity: layer. auto selects them before training; otherwise, give "
+        "names such as L14,L15 (zero-based), the path of a layers.json file, middle, penultimate, or final (the last "
+        "norm's output).",
     )
     weight: float = knob(
         0.01, "Weight (lambda) of the alignment loss relative to the language-modeling loss.", at_least=0, at_most=1000
@@ -101,13 +102,13 @@ class HeraConfig(KeyedConfig):
     fixed_temperature: bool = knob(False, "Keep the temperature at its initial value instead of learning it.")
     projector: Literal["shared", "separate"] = knob(
         "shared",
-        "The objective's projector for feature and viral: one with three linear layers and SiLU for all heads or "
-        "layers (shared), or one with two linear layers and GELU for each of them (separate).",
+        "Projector in feature and viral: one for all heads or layers, with three linear layers and SiLU (shared), or "
+        "one for each head or layer, with two linear layers and GELU (separate).",
     )
     visual_attention: Literal["causal", "two_way"] = knob(
         "causal",
         "Attention in jarvis: visual tokens see only earlier tokens (causal), or each other in both directions, as in "
-        "the authors' code (two_way). No other program reproduces two_way attention at inference.",
+        "the authors' code (two_way). Other programs do not reproduce two_way attention at inference.",
     )
     objective_lr: float | None = knob(
         None,
@@ -116,12 +117,12 @@ class HeraConfig(KeyedConfig):
         at_most=10,
     )
     objective_from: str | None = knob(
-        None, "Output folder of an earlier run from which the objective's parameters are loaded."
+        None, "Load the objective's parameters from the output folder of this earlier run."
     )
     teacher: str = knob(
         "facebook/dinov2-large", "Frozen vision teacher (for ross, an autoencoder): a local folder or a hub id."
     )
-    teacher_cache: str | None = knob(None, "Folder in which runs cache teacher features, indexed by image content.")
+    teacher_cache: str | None = knob(None, "Folder where runs cache teacher features, indexed by image content.")
     pooling: Pooling = knob(
         "answer",
         "Tokens over which a head's output is averaged: labeled tokens (answer), all text tokens (text), all tokens "
@@ -133,7 +134,7 @@ class HeraConfig(KeyedConfig):
     memory: int | Literal["auto"] = knob(
         AUTO,
         "Number of recent samples to keep as additional candidates. auto keeps just enough samples for four times "
-        "hera_k candidates; it keeps none if the batch alone has so many.",
+        "hera_k candidates, or none if the batch alone has that many.",
         at_least=0,
         at_most=10**6,
     )
@@ -157,9 +158,9 @@ class HeraConfig(KeyedConfig):
     select_m: int = knob(5, "Number of heads or layers to select.", at_least=1)
     select_mode: Literal["auto", "llm", "mllm"] = knob(
         AUTO,
-        "Model on which heads are scored: only the language model, with captions as input (llm), or the full model, "
-        "with images and text (mllm). auto is llm for a model that llamafactory-hera build made, and for a run that "
-        "trains the projector before a frozen language model; otherwise it is mllm.",
+        "Model in which heads are scored: only the language model, with captions as input (llm), or the full model, "
+        "with images and text (mllm). auto means llm for a model made by llamafactory-hera build, and for a run that "
+        "trains the projector and freezes the language model; otherwise, it means mllm.",
     )
     select_mixers: Literal["attention", "all"] = knob(
         "attention",
@@ -167,17 +168,18 @@ class HeraConfig(KeyedConfig):
         "attention (all).",
     )
     select_dataset: str | None = knob(
-        None, "Name of the dataset on which heads are scored; the default is the training dataset."
+        None, "Name of the dataset for scoring the heads; the default is the training dataset."
     )
     select_samples: int | Literal["auto"] = knob(
         1000,
         "Number of image-caption pairs for scoring the heads. auto begins with 1,000 and doubles the number, up to "
-        "8,000 or the end of the data, until most random halves of the pairs select three of five heads again.",
+        "8,000 or the end of the data, until at least three of five heads are chosen again by most random halves of "
+        "the pairs.",
         at_least=1,
         at_most=10**7,
     )
     select_k: int = knob(
-        10, "Nearest neighbors per sample when heads are scored; at most half of the other samples.", at_least=1
+        10, "Nearest neighbors per sample for scoring the heads; at most half of the other samples.", at_least=1
     )
     select_batch_size: int = knob(
         16,
@@ -220,7 +222,7 @@ class HeraConfig(KeyedConfig):
         return AUTO_SAMPLES[-1] if self.select_samples == AUTO else int(self.select_samples)
 
     def check_batch(self, size: int, steps: int, processes: int, packed: bool = False) -> int:
-        """Returns how many samples (if ``packed``, rows) are compared at once; refuses too few for the objective."""
+        """Returns how many samples (or packed rows) are compared at once; refuses fewer than the objective needs."""
         from .objectives import TokenObjective
 
         objective, together = self.objective_class(), size * processes * (steps if self.gradcache else 1)
@@ -228,7 +230,7 @@ class HeraConfig(KeyedConfig):
         if packed and issubclass(objective, TokenObjective):
             raise ValueError(
                 f"hera_objective: {self.objective} reads the visual tokens of one sample per row, but packed rows "
-                "hold several; choose an objective on averages (contrastive, cka), or do not pack."
+                "contain several samples; choose contrastive or cka, or disable packing."
             )
         if not packed and self.remembered is not None and together + self.remembered < least:
             memory = "set hera_memory: auto, " if self.reads("hera_memory") else ""
@@ -241,7 +243,7 @@ class HeraConfig(KeyedConfig):
 
     def objective_class(self) -> "type[Objective]":
         """Returns the class of the objective."""
-        from .objectives import find  # imports torch, which commands that only read scores do without
+        from .objectives import find  # imports torch, which commands that only read scores do not need
 
         return find(self.objective)
 
@@ -250,7 +252,7 @@ class HeraConfig(KeyedConfig):
         return key in self.objective_class().reads
 
     def check(self) -> None:
-        """Checks that the values fit together."""
+        """Checks that the values are compatible."""
         if not self.teacher:
             raise ValueError("hera_teacher: the value is empty; give a folder or a hub id (facebook/dinov2-large).")
         if self.most_samples < self.select_k + 2:
@@ -272,14 +274,14 @@ class HeraConfig(KeyedConfig):
         auto = named == AUTO or hub_id(named, self.targets_key) is not None
         if self.granularity == "layer":
             if auto and self.select == "middle":
-                raise ValueError("hera_select: middle selects only heads; for the layer, set hera_layers: middle.")
+                raise ValueError("hera_select: middle selects only heads; for that layer, set hera_layers: middle.")
             if not auto and named not in NAMED_LAYERS:
                 Targets.parse(named, "layer")
             return
         chosen = self.select_m if auto or named == PAPER else len(Targets.parse(named).items)
         if chosen > _MOST_HEADS:
             key = "hera_select_m" if auto else "hera_heads"
-            advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, a model of the paper collapsed"
+            advice = f"more than the {_MOST_HEADS} that the paper recommends; with ten, one of its models collapsed"
             warnings.warn(f"{key}: {chosen} heads are {advice}.", stacklevel=5)
 
     def _check_objective(self) -> None:
@@ -291,7 +293,7 @@ class HeraConfig(KeyedConfig):
             )
         values, declared = self.keys(), self.knobs()
         for key in OBJECTIVE_KEYS:
-            # a memory of 0 is right for every objective
+            # hera_memory: 0 suits every objective
             if key not in objective.reads and values[key] not in (declared[key].default, 0):
                 warnings.warn(
                     f"{key}: {values[key]} has no effect with hera_objective: {self.objective}, which does not read "

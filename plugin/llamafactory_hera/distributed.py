@@ -1,4 +1,4 @@
-"""The processes of a launch, and the gathering of their samples into the global batch with gradients."""
+"""Communication between the processes of a launch, including a gather of samples that keeps gradients."""
 
 import math
 import time
@@ -45,7 +45,7 @@ def end_launch() -> None:
     """Destroys the default group, if any, before the process ends.
 
     Otherwise the process may abort (https://github.com/pytorch/pytorch/issues/190489): gloo's threads release tensors
-    after their operation has returned, even after Python has ended. DDP keeps these threads alive a moment longer.
+    after their operation has returned, even after Python has ended. DDP keeps these threads alive for another moment.
     """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -76,7 +76,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """Returns the largest ``n_rows`` of any process; each process pads to it before :func:`gather_rows`."""
+    """Returns the largest ``n_rows`` of any process; each process pads to this number before :func:`gather_rows`."""
     count = torch.tensor(n_rows, device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)
@@ -87,7 +87,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     Every process passes the same shape ``[B, ...]``. The backward pass sums the gradients of each process's rows over
     all processes. If each process computes its part of a mean over all rows, times the number of processes, and the
-    engine averages gradients (DDP, ZeRO, FSDP), each parameter receives the gradient of one process with all rows.
+    engine averages gradients (DDP, ZeRO, FSDP), each parameter's gradient is the same as with all rows on one process.
     """
     return rows if world_size() == 1 else _AllGather.apply(rows)
 
@@ -103,8 +103,8 @@ def sum_over_ranks(*values: Tensor) -> tuple[Tensor, ...]:
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Averages each value, by the same names, over the processes that know it; NaN marks an unknown value."""
-    if world_size() == 1:  # without a copy to the device, and without rounding
+    """Averages each value over the processes where it is not NaN; all processes pass the same names."""
+    if world_size() == 1:  # no copy to the device, and no rounding
         return {name: value for name, value in values.items() if not math.isnan(value)}
     names = sorted(values)
     own = torch.tensor([values[name] for name in names], dtype=torch.float32, device=device)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 RUN_FOLDER = "hera"
 #: The file in that folder that summarizes a finished run.
 CARD = "card.json"
-#: The entry of ``config.json`` by which a model of ``llamafactory-hera build`` is known, also after training: its LLM.
+#: The entry of ``config.json`` that marks a model made by ``llamafactory-hera build``, even after training: its LLM.
 BUILT = "hera_built"
-#: The mark by which :func:`check_replaceable` knows a picture of this package.
+#: The mark by which :func:`check_replaceable` recognizes this package's pictures.
 PICTURE = "llamafactory-hera"
 
 
@@ -34,13 +34,13 @@ def locked(output_dir: str | os.PathLike) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ValueError(
-            f"output_dir: {output_dir} is in use by another process; wait for it, or give another folder."
+            f"output_dir: {output_dir} is in use by another process; wait until it ends, or give another folder."
         ) from error
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path; at the end, that file replaces ``path``, or is removed if writing failed.
+    """Yields a temporary path; the file written there then replaces ``path``, or is removed if writing failed.
 
     A replaced file keeps its mode, and symbolic links to the file stay valid.
     """
@@ -57,7 +57,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
-    """Checks that each output path (a key of ``marks``) is writable, and that a file there contains its mark."""
+    """Checks that each output path (a key of ``marks``) is writable, and that an existing file contains its mark."""
     for path, mark in marks.items():
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=Path(path).parent).close()
@@ -67,7 +67,7 @@ def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
 
 @contextmanager
 def reading(path: str | os.PathLike, description: str) -> Iterator[None]:
-    """Turns every error of reading a file, which others may have written, into a ``ValueError`` with its path."""
+    """Turns any error from reading a file, which may come from elsewhere, into a ``ValueError`` with the path."""
     try:
         yield
     except OSError as error:
@@ -96,7 +96,7 @@ def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
 def write_safetensors(
     path: str | os.PathLike, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors, which may be on any device and not contiguous."""
+    """Writes tensors, which may be on any device and need not be contiguous."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

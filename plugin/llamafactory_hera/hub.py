@@ -6,10 +6,10 @@ from typing import Any
 
 from .files import RUN_FOLDER
 
-#: The prefix of a value that names a repository of the hub.
+#: The prefix of a value that names a repository on the hub.
 HUB = "hf:"
 CONFIG_FILE = "config.json"
-# The files that a checkpoint needs besides its weights, and the formats of weights in order of preference.
+# The files that a checkpoint needs besides its weights, and the weight formats in order of preference.
 _TEXT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "diffusion_pytorch_model*.safetensors")
 
@@ -21,7 +21,7 @@ def local_folder(
 
     Without ``weights``, only small files are fetched; ``hub`` contains arguments for ``snapshot_download``. Raises
     ``ValueError`` if the model does not exist or lacks the file ``needs``; the message contains the ``key`` and an
-    ``example`` of a right value, such as "a vision model such as facebook/dinov2-large".
+    ``example`` of a valid value, such as "a vision model such as facebook/dinov2-large".
     """
     from huggingface_hub import snapshot_download
 
@@ -43,7 +43,7 @@ def local_folder(
 
 
 def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
-    """Fetches the first file of ``names`` that a repository has, at its top or in the folder of a run's files."""
+    """Fetches the first file in ``names`` that a repository contains, at its root or in its ``hera`` folder."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -59,15 +59,15 @@ def fetch_first(repository: str, names: Iterable[str], key: str) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Returns whether a folder contains an adapter; raises ``ValueError`` if it also contains whole weights."""
+    """Returns whether a folder contains an adapter; raises ``ValueError`` if it also contains full weights."""
     has_adapter = (folder / "adapter_config.json").is_file()
     if has_adapter and weight_files(folder, required=False):
-        raise ValueError(f"{folder} contains an adapter and whole weights, so it is unclear which to load; move one.")
+        raise ValueError(f"{folder} contains both an adapter and full weights; move either to another folder.")
     return has_adapter
 
 
 def weight_files(folder: Path, required: bool = True) -> list[Path]:
-    """Lists the weight files that transformers or diffusers would load; without any, raises ``ValueError``."""
+    """Lists the weight files that transformers or diffusers would load; if there are none, raises ``ValueError``."""
     found = next((files for pattern in _WEIGHTS if (files := sorted(folder.glob(pattern)))), [])
     if required and not found:
         raise ValueError(f"{folder} contains no weights (looked for {', '.join(_WEIGHTS)})")

@@ -16,7 +16,7 @@ def knob(default: Any, help: str, *, at_least: float | None = None, at_most: flo
 
 
 class KeyedConfig:
-    """The base class of settings: frozen dataclasses of :func:`knob` fields; a key is the prefix plus a name."""
+    """The base class of settings: frozen dataclasses of :func:`knob` fields; a key is the prefix plus a field name."""
 
     PREFIX: ClassVar[str] = ""
 
@@ -31,7 +31,7 @@ class KeyedConfig:
         self.check()
 
     def check(self) -> None:
-        """Checks that the values fit together; a subclass raises ``ValueError`` with the key, value and remedy."""
+        """Checks that the values are compatible; a subclass raises ``ValueError`` with the key, value and remedy."""
 
     @classmethod
     def knobs(cls) -> dict[str, Field]:
@@ -40,7 +40,7 @@ class KeyedConfig:
 
     @classmethod
     def from_keys(cls, source: Mapping[str, Any] | object) -> Self:
-        """Reads the keys from a mapping, or from the attributes of an object; raises ``ValueError`` for bad ones."""
+        """Reads the keys from a mapping or an object's attributes; raises ``ValueError`` for a bad key or value."""
         known, values = cls.knobs(), source if isinstance(source, Mapping) else vars(source)
         if isinstance(source, Mapping):
             cls.check_names(source)
@@ -48,7 +48,7 @@ class KeyedConfig:
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Raises ``ValueError`` for a name that has the prefix of this class but is not a key, and suggests a key."""
+        """Raises ``ValueError`` for a name that has this class's prefix but is no key, and suggests a similar key."""
         _refuse_unknown([name for name in names if name.startswith(cls.PREFIX)], cls.knobs())
 
     def keys(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Writes ``key was …, is …`` for each entry in which two runs differ; ignores entries missing from ``before``."""
+    """Lists ``key was …, is …`` for each entry that differs between runs; skips entries missing from ``before``."""
     return [
         f"{name} was {before[name]}, is {now.get(name)}"
         for name in names
@@ -74,12 +74,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[s
 
 
 def choices(declared: Field) -> tuple[Any, ...]:
-    """Lists the allowed values of a field; the list is empty unless the type is a ``Literal``."""
+    """Returns the allowed values of a field with a ``Literal`` type, or nothing for another type."""
     return get_args(declared.type) if get_origin(declared.type) is Literal else ()
 
 
 def typed(key: str, value: Any, kind: Any) -> Any:
-    """Converts a value, which may be text, to the type of its key; a list of names becomes one text."""
+    """Converts a value, which may be text, to the type of its key; a list of names becomes one string."""
     kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if value is None and NoneType in kinds:
         return None
@@ -91,7 +91,7 @@ def typed(key: str, value: Any, kind: Any) -> Any:
         f"one of {', '.join(map(str, get_args(option)))}" if get_origin(option) is Literal else _WORDS[option]
         for option in options
     )
-    raise ValueError(f"{key}: {value!r} is not {expected}; give such a value, or remove the key.")
+    raise ValueError(f"{key}: {value!r} is not {expected}; correct the value, or remove the key.")
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

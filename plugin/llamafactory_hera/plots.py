@@ -25,14 +25,14 @@ _LABELS = {"layer": 0.2, "head": 0.34}  # inches that a tick label needs along i
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Creates a figure of the given size in inches that needs no display."""
+    """Creates a figure that needs no display; the size is in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def series_colors(names: Sequence[str]) -> dict[str, str]:
-    """Returns a color for each series: the names before, SFT, HeRA and after have the same one in every picture."""
+    """Returns a color for each series; chance, before, SFT, HeRA and after have the same color in every picture."""
     known = {name: _SERIES[name.lower()] for name in names if name.lower() in _SERIES}
     rest = cycle(color for color in (*_OTHERS, *_SERIES.values()) if color not in known.values())
     return {name: known.get(name) or next(rest) for name in names}

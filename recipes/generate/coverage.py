@@ -15,7 +15,7 @@ _REASONS = {
     "is an encoder-decoder": "The model is an encoder-decoder.",
     "encoder-decoder cannot be instantiated": "The model is an encoder-decoder.",
     "must contain one text decoder": "The decoder has no list of layers named `layers`.",
-    "is no language model": "The configuration contains no language model.",
+    "is not a language model": "The configuration contains no language model.",
     "cannot be built": "transformers cannot build the model with the default configuration.",
 }
 

@@ -165,5 +165,5 @@ def test_the_precision_that_the_caller_chose_is_suspended_and_restored():
 def test_inconsistent_inputs_are_refused():
     pooled, weights, latent = model(30, 2, 2, 8, 24)
     neighbors = nearest_neighbors(latent, 10)
-    with pytest.raises(ValueError, match="teacher_neighbors has 29 samples, but features has 30; use the same"):
+    with pytest.raises(ValueError, match="teacher_neighbors has 29 samples, but neighbors has 30; use the same"):
         score_heads(pooled.unbind(1), weights, neighbors[:29])

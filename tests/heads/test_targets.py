@@ -120,10 +120,10 @@ def test_a_value_is_a_file_if_it_ends_in_json_contains_a_folder_or_exists(tmp_pa
         ("head", b"L1H2", "is not JSON"),
         ("head", b"[" * 100_000, "is not JSON"),
         ("head", b"\xff\xfe\x00", "is not JSON"),
-        ("head", b'["L1H2"]', 'has no list "heads"'),
-        ("head", b'{"heads": "L1H2"}', 'has no list "heads"'),
-        ("head", b'{"layers": ["L1"]}', 'has no list "heads"'),
-        ("layer", b'{"heads": ["L0H1"]}', 'has no list "layers"'),
+        ("head", b'["L1H2"]', 'has no "heads" list'),
+        ("head", b'{"heads": "L1H2"}', 'has no "heads" list'),
+        ("head", b'{"layers": ["L1"]}', 'has no "heads" list'),
+        ("layer", b'{"heads": ["L0H1"]}', 'has no "layers" list'),
     ],
 )
 def test_a_file_with_other_content_is_refused(tmp_path, granularity, content, message):

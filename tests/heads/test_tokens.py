@@ -160,6 +160,6 @@ def test_models_without_a_fixed_square_grid_are_refused(name):
         config.vision_config = Dinov2Config(image_size=[16, 32])  # CLIP's config accepts only one number
         problem = r"vision tower is \[16, 32\], not one number"
     else:
-        problem = f"{config.model_type!r} models do not create one"
+        problem = f"{config.model_type!r} models do not create such a grid"
     with pytest.raises(ValueError, match=f"^hera_objective: viral needs .*{problem}; use a"):
         grid_side(config, "viral")

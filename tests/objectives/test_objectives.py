@@ -170,7 +170,7 @@ def test_all_objectives_are_registered():
 
 
 def test_a_registered_name_cannot_be_used_again():
-    with pytest.raises(ValueError, match="hera_objective: 'cka' is already CKA"):
+    with pytest.raises(ValueError, match="hera_objective: 'cka' is taken by CKA"):
         register("cka")(find("feature"))
 
 

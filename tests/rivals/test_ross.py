@@ -229,7 +229,7 @@ def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL with .*; give a diffusers .*sub-folder vae"),
+        ({"_class_name": "AutoencoderDC"}, "is not an AutoencoderKL with .*; give a diffusers .*vae subfolder"),
         ({"shift_factor": None}, "is not an AutoencoderKL with a shift_factor and a scaling_factor; give"),
     ],
 )

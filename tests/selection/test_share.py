@@ -129,8 +129,8 @@ def test_a_command_refuses_bad_input_in_one_line(hub, capsys, command, message):
 
 def test_a_key_refuses_what_is_no_repository_with_heads(hub, monkeypatch):
     for value, message in {
-        "someone/names": "someone/names does not name its model, so it may not fit; write L0H1",
-        "run/hera": "run/hera is a folder here, and could be a hub id; write hf:run/hera for a repository",
+        "someone/names": "someone/names does not name its model; if it fits yours, write L0H1",
+        "run/hera": "run/hera is a local folder, but could also be a hub id; write hf:run/hera for the repository",
         "hf:someone/model": "hf:someone/model contains no heads.json; give",
         "no/network": "no/network cannot be fetched from the hub (An error happened while",
     }.items():
@@ -143,5 +143,5 @@ def test_the_papers_heads_are_for_its_language_models():
     model = LlavaConfig(text_config=Qwen3Config(num_hidden_layers=36), hera_built="Qwen/Qwen3-8B")
     assert str(Targets.parse("paper", configuration=model)) == "L13H12,L7H6,L3H5,L13H13,L13H15"
     model.hera_built = "Qwen3-8B-Base"
-    with pytest.raises(ValueError, match=r"^hera_heads: paper is for Qwen/Qwen2.5-3B-Instruct, .*; use auto\.$"):
+    with pytest.raises(ValueError, match=r"^hera_heads: paper supports Qwen/Qwen2.5-3B-Instruct, .*; use auto\.$"):
         Targets.parse("paper", configuration=model)

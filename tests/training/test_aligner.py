@@ -304,7 +304,7 @@ def test_values_are_means_and_counts_since_they_were_last_taken():
 def test_a_batch_without_a_row_for_each_sample_is_refused():
     run = Run()
     collate = run.aligner.collator(lambda rows: collate_rows(rows[1:]), drop=("images",))
-    with pytest.raises(ValueError, match=r"^data_collator: it makes 3 rows of 4 samples; let it keep one row"):
+    with pytest.raises(ValueError, match=r"^data_collator: it makes 3 rows from 4 samples; keep one row"):
         run.aligner.prepare(collate(run.rows[:BATCH]))
 
 

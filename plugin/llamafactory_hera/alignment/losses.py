@@ -14,14 +14,14 @@ def contrastive_loss(
     allowed: Tensor | None = None,
     per_head: bool = False,
 ) -> Tensor:
-    """Computes ``L_RA``, averaged over samples (paper, eq. 4) and, if there are several, over heads (eq. 8).
+    """Computes ``L_RA``, averaged over samples (paper, eq. 4) and, if ``z`` has several heads, over these (eq. 8).
 
     The loss of a sample with neighbors ``P_i`` is ``-1/|P_i| sum_{j in P_i} log softmax(s_i / temperature)_j`` over
     its candidates. Samples without a neighbor do not count.
 
     Args:
         z: Student representations ``[M, D]`` or ``[H, M, D]``.
-        neighbors: ``[N, k]``, those of the teacher's features by ``nearest_neighbors``; -1 for none.
+        neighbors: ``[N, k]``, from ``nearest_neighbors`` with the teacher's features; -1 marks a missing neighbor.
         temperature: The softmax temperature, above 0; a tensor receives gradients if it requires them.
         normalize: True for cosine similarity, false for the dot product.
         allowed: The candidates, as for ``nearest_neighbors``.
@@ -46,10 +46,10 @@ def sample_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes ``L_RA`` of each sample (paper, eq. 4) from its similarities ``[..., n, M]`` to all candidates.
 
-    Returns the losses ``[..., n]``, which are 0 for a sample without a neighbor, the logits ``[..., n, M]``, and their
-    logarithmic sums of exponentials ``[..., n]``.
+    Returns the losses ``[..., n]`` (0 for a sample without a neighbor), the logits ``[..., n, M]``, and the logits'
+    log-sum-exp ``[..., n]``.
     """
-    # finite, so that a row stays finite even if all of it is masked; below all dot products
+    # the fill value is finite to keep fully masked rows finite, and below all dot products
     logits = (similarities * (1 / temperature)).masked_fill_(~allowed, torch.finfo(similarities.dtype).min)
     known = neighbors >= 0
     places = neighbors.clamp(min=0).expand(*logits.shape[:-1], -1)
@@ -59,27 +59,27 @@ def sample_losses(
 
 
 def cosine_loss(predicted: Tensor, goal: Tensor) -> Tensor:
-    """Returns one minus the cosine of each vector and its goal, both ``[..., D]``; the result is ``[...]``, 0 to 2."""
+    """Returns one minus the cosine similarity of vectors and goals ``[..., D]``: ``[...]``, between 0 and 2."""
     return 1 - torch.nn.functional.cosine_similarity(predicted, goal, dim=-1)
 
 
 def cka_loss(z: Tensor, teacher: Tensor, enters: Tensor) -> Tensor:
     """Computes one minus the linear CKA of two sets of features.
 
-    ``CKA = <K, L> / (|K| |L|)`` with the Gram matrices of the features, centered over samples (Kornblith et al. 2019,
-    arXiv 1905.00414, eq. 3 and sec. 3). It is invariant to rotation and scaling of either side.
+    ``CKA = <K, L> / (|K| |L|)``, where K and L are the Gram matrices of the features, centered over samples (Kornblith
+    et al. 2019, arXiv 1905.00414, eq. 3 and sec. 3). CKA is invariant to rotation and scaling of either side.
 
     Args:
         z: ``[..., N, D]``.
         teacher: ``[N, D_teacher]``, features of the same samples.
-        enters: Boolean ``[N]``, the samples that count; the features of all others must be finite.
+        enters: Boolean ``[N]``, the samples to include; the features of the others must be finite, too.
 
     Returns:
         ``[...]``, between 0 and 1; 1, with zero gradient, if all vectors in one set of features are equal.
     """
     ours, theirs = _centered_gram(z, enters), _centered_gram(teacher, enters)
     lengths = torch.linalg.matrix_norm(ours) * torch.linalg.matrix_norm(theirs)
-    # if a length is 0, so is the product; dividing by a tiny number would let its gradient overflow
+    # if a length is 0, so is the inner product; dividing it by a tiny number would make its gradient overflow
     return 1 - (ours * theirs).sum(dim=(-1, -2)) / torch.where(lengths > 0, lengths, 1.0)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Two samples whose teacher features have a higher cosine similarity than this show the same image.
 SAME_IMAGE = 1 - 1e-5
-ROWS = 1024  # similarities to compute at once; all of them would take memory quadratic in the sample count
+ROWS = 1024  # samples to compare at once; comparing all would take memory quadratic in the sample count
 
 
 def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> Tensor:
@@ -32,21 +32,21 @@ def similarity(queries: Tensor, candidates: Tensor, normalize: bool = True) -> T
     with full_precision(queries.device.type):
         if not normalize:
             return queries @ candidates.transpose(-1, -2)
-        # dividing the products needs no second copy of the candidates, which may be a gigabyte
+        # dividing the products avoids a normalized copy of the candidates, which may take a gigabyte
         products = (queries / _lengths(queries)) @ candidates.transpose(-1, -2)
         return products / _lengths(candidates).transpose(-1, -2)
 
 
 def _lengths(vectors: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    # dividing a zero vector by a tiny number would send it an enormous gradient
+    # dividing a zero vector by a tiny number would give it an enormous gradient
     return torch.where(lengths > 1e-12, lengths, 1.0)
 
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Disables autocast, TF32 and bf16 emulation, so that matrix products of fp32 tensors are computed in fp32."""
-    # PyTorch 2.9 replaced one setting by a setting for each backend; a program must use only one of the two
+    # PyTorch 2.9 replaced the global setting with one per backend; a program must not use both kinds
     by_backend = hasattr(torch.backends.cuda.matmul, "fp32_precision")
     backends: list = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul] if by_backend else []  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends] if by_backend else torch.get_float32_matmul_precision()
@@ -76,18 +76,18 @@ def nearest_neighbors(
         normalize: True for cosine similarity, false for the dot product.
         allowed: Boolean ``[N, M]``, the candidates of each of N samples. By default N is M, and all other samples are
             candidates.
-        first: The index of the first of these N samples among the M.
+        first: The index of the first of these N samples among the M samples.
 
     Returns:
-        Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of the candidates of a sample
-        are its neighbors, and -1 fills the rest, because a teacher that chose every candidate would say nothing.
+        Indices ``[N, k]`` (``[H, N, k]``), nearest first. With ``allowed``, at most half of a sample's candidates
+        become neighbors, because choosing every candidate would carry no information; -1 fills the rest.
     """
     m = features.shape[-2]
     if allowed is None and not 1 <= k <= m - 1:
         raise ValueError(f"k={k} does not fit {m} samples; choose 1 <= k <= {m - 1}, or give more samples.")
-    # not checked with `allowed`, because a training step does not wait for the device
+    # not checked with `allowed`, because a training step must not wait for the device
     if allowed is None and not features.isfinite().all():
-        raise ValueError("features contain NaN or infinity, and such samples have no neighbors; leave them out.")
+        raise ValueError("features contain NaN or infinity, so some samples have no neighbors; remove them.")
     n = m if allowed is None else allowed.shape[0]
     parts = []
     for start in range(0, n, ROWS):
@@ -106,7 +106,7 @@ def nearest_neighbors(
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Returns the indices ``[..., k]`` of the largest values of each row, largest first, and ties by index."""
+    """Returns the indices ``[..., k]`` of each row's largest values, sorted by decreasing value, then by index."""
     # topk alone selects and orders equal values arbitrarily
     m, index = values.shape[-1], torch.arange(values.shape[-1], device=values.device, dtype=torch.int32)
     least = values.topk(k).values[..., -1:]
@@ -119,11 +119,11 @@ def largest(values: Tensor, k: int) -> Tensor:
 def neighbor_mask(neighbors: Tensor, n_candidates: int) -> Tensor:
     """Turns neighbor indices ``[..., N, k]`` (missing ones are -1) into a boolean mask ``[..., N, n_candidates]``."""
     mask = torch.zeros(*neighbors.shape[:-1], n_candidates + 1, dtype=torch.bool, device=neighbors.device)
-    return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column collects the -1
+    return mask.scatter_(-1, neighbors + 1, True)[..., 1:]  # the first column collects missing neighbors
 
 
 def shared_fraction(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the fraction of each sample's teacher neighbors that are student neighbors; 0 if it has no neighbors.
+    """Returns the fraction of each sample's teacher neighbors that are also student neighbors; 0 if there are none.
 
     Args:
         student: Neighbors ``[..., N, k]``; missing neighbors are -1.
@@ -158,12 +158,12 @@ def chance_level(n_samples: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates and neighbors of n consecutive samples, among M samples: the batch, then remembered samples."""
+    """The candidates and neighbors of n consecutive samples, among M: those of the batch, then remembered samples."""
 
-    allowed: Tensor  #: Boolean ``[n, M]``, the candidates, with which each sample is compared.
+    allowed: Tensor  #: Boolean ``[n, M]``, the candidates to compare each sample with.
     neighbors: Tensor  #: ``[n, k]``, the nearest candidates in the teacher's space; missing neighbors are -1.
-    first: int  #: The index of the first of the n samples among the M.
-    #: A scalar: the number of pairs that show the same image, of one of the n samples and a later sample of the batch.
+    first: int  #: The index of the first of the n samples among the M samples.
+    #: A scalar: the number of pairs of one of the n samples and a later batch sample that show the same image.
     duplicates: Tensor
 
     @property
@@ -173,11 +173,11 @@ class Candidates:
 
     @property
     def chance(self) -> Tensor:
-        """The agreement of unrelated features on average, ``[n]``; 0 for a sample without a neighbor."""
+        """The average agreement of unrelated features, ``[n]``; 0 for a sample without a neighbor."""
         return (self.neighbors >= 0).sum(dim=-1) / self.allowed.sum(dim=-1).clamp(min=1)
 
     def agreement(self, student: Tensor, normalize: bool) -> Tensor:
-        """Returns the fraction of each sample's neighbors that are neighbors in ``student [H, M, D]``: ``[H, n]``."""
+        """Returns the fraction of each sample's neighbors that ``student [H, M, D]`` shares: ``[H, n]``."""
         found = nearest_neighbors(student, self.neighbors.shape[-1], normalize, self.allowed, self.first)
         return shared_fraction(found, self.neighbors)
 
@@ -193,18 +193,18 @@ def teacher_candidates(
 ) -> Candidates:
     """Finds each sample's candidates and, among them, its ``k`` nearest neighbors in the teacher's space.
 
-    Neither a sample itself nor a copy of its image is a candidate. Copies have equal ids or almost equal features: a
-    teacher in half precision may differ on one file, and two files may contain one picture.
+    Neither the sample itself nor a copy of its image is a candidate. Copies have equal ids (a half-precision teacher
+    may give one file different features) or almost equal features (two files may contain the same picture).
 
     Args:
-        teacher: Features ``[M, D_teacher]`` of the N samples of the batch, followed by those of remembered samples.
-            Features of samples that are not valid, and of places that are not filled, are arbitrary.
-        valid: Boolean ``[N]``, the samples of the batch that take part.
+        teacher: Features ``[M, D_teacher]`` of the batch's N samples, followed by those of remembered samples.
+            Features of invalid samples and unfilled places are arbitrary.
+        valid: Boolean ``[N]``, the samples of the batch to include.
         k: Neighbors per sample, at most half of its candidates.
         normalize: True for cosine similarity, false for the dot product.
-        filled: Boolean ``[M - N]``, the places of the memory that contain a sample; None without a memory.
-        image_ids: ``[M, 2]``, equal for copies of one image file and 0 if unknown.
-        rows: The n samples of the batch whose candidates are found; by default all.
+        filled: Boolean ``[M - N]``, the places in the memory that contain a sample; None without a memory.
+        image_ids: Ids ``[M, 2]``, equal for copies of one image file and 0 if unknown.
+        rows: The n samples of the batch to find candidates for; by default, all.
     """
     index = torch.arange(len(teacher), device=teacher.device)
     first, queries = rows.indices(len(valid))[0], index[: len(valid)][rows, None]

@@ -20,18 +20,18 @@ def score_heads(
 ) -> Tensor:
     """Computes the MKNN (paper, eq. 2-3) of every head's contribution to the residual stream (eq. 7).
 
-    The result equals that of the direct procedure in fp32, except that similarities within rounding of each other may
-    change places.
+    The result equals that of the direct computation in fp32, except that similarities that differ only by rounding
+    may change places.
 
     Args:
         pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``; sizes may differ between layers.
-        o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; each layer is read when its turn comes.
+        o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; read one layer at a time.
         teacher_neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors`.
         normalize: True for cosine similarity, false for the dot product.
 
     Returns:
-        ``[L, H]`` in fp32 on the device of the features, where H is the largest number of heads of a layer. A head
-        that does not exist is NaN, and, with a warning, a head whose outputs or weights contain NaN or infinity.
+        ``[L, H]`` in fp32 on the device of the features, where H is the largest number of heads of a layer. NaN
+        marks heads that do not exist and, with a warning, heads whose outputs or weights contain NaN or infinity.
     """
     neighbors = head_neighbors(pooled, o_proj_weights, teacher_neighbors.shape[1], normalize)
     return mean_shared(shared_neighbors(neighbors, teacher_neighbors), teacher_neighbors.shape[1])
@@ -40,9 +40,9 @@ def score_heads(
 def head_neighbors(
     pooled: Iterable[Tensor], o_proj_weights: Iterable[Tensor], k: int, normalize: bool = True
 ) -> Tensor:
-    """Finds the ``k`` nearest neighbors ``[L, H, N, k]`` of every sample for every head; -1 for a head without them.
+    """Finds the ``k`` nearest neighbors ``[L, H, N, k]`` of every sample for every head; -1 if a head has none.
 
-    The arguments, and the heads that have no neighbors, are those of :func:`score_heads`.
+    The arguments are those of :func:`score_heads`; heads that have no score there have no neighbors here.
     """
     layers = []
     for number, (outputs, weight) in enumerate(zip(pooled, o_proj_weights, strict=True)):
@@ -52,20 +52,20 @@ def head_neighbors(
         for head, (features, columns) in enumerate(heads):
             layer[head] = nearest_samples(features, columns, rows, k, normalize)
             if layer[head, 0, 0] < 0:
-                logger.warning("L%dH%d has no score: its output or weight has NaN or infinity.", number, head)
+                logger.warning("L%dH%d has no score: its output or weight contains NaN or infinity.", number, head)
         layers.append(layer)
     return pad_sequence(layers, True, -1)
 
 
 def shared_neighbors(neighbors: Tensor, teacher_neighbors: Tensor) -> Tensor:
-    """Counts the neighbors that each sample shares with the teacher: ``[..., N]`` in fp32, NaN where there are none.
+    """Counts the neighbors that each sample shares with the teacher: ``[..., N]`` in fp32, NaN without neighbors.
 
-    ``neighbors`` are ``[..., N, k]``, for instance those of every head, and ``teacher_neighbors`` are ``[N, k]``.
+    ``neighbors`` are ``[..., N, k]``, for instance of every head, and ``teacher_neighbors`` are ``[N, k]``.
     """
     n, teacher = neighbors.shape[-2], teacher_neighbors.to(neighbors.device)
     if n != len(teacher):
-        raise ValueError(f"teacher_neighbors has {len(teacher)} samples, but features has {n}; use the same samples.")
-    # one head after the other, because the comparison takes k times the memory of its neighbors
+        raise ValueError(f"teacher_neighbors has {len(teacher)} samples, but neighbors has {n}; use the same samples.")
+    # one head at a time, because the comparison takes k times the memory of the head's neighbors
     heads = neighbors.view(-1, *neighbors.shape[-2:])
     counts = [(head[:, :, None] == teacher[:, None]).sum((1, 2)) for head in heads]
     shared = torch.stack(counts).view(neighbors.shape[:-1]).float()
@@ -107,11 +107,11 @@ def _factors(features: Tensor, weight: Tensor | None, normalize: bool) -> tuple[
         return queries, keys, keys.isfinite().all()
     queries = queries.double()
     keys = queries if gram is None else queries @ gram.double()
-    norm = 1.0 if gram is None else gram.abs().sum(-1).amax()  # at least the spectral norm of the symmetric matrix
+    norm = 1.0 if gram is None else gram.abs().sum(-1).amax()  # an upper bound of the symmetric matrix's spectral norm
     squares = torch.linalg.vecdot(queries, keys)
     # if |W o|² is below eight rounding units of |W|² |o|², o lies in the null space of W
     floor = 8 * torch.finfo(torch.float32).eps * norm * torch.linalg.vecdot(queries, queries)
     inverse = squares.rsqrt().masked_fill(squares <= floor, 0.0)[:, None]
     queries, keys = queries * inverse, keys * inverse
-    # Subtracting the mean shifts all similarities of a sample equally, and keeps small differences within fp32.
+    # Subtracting the mean shifts a sample's similarities equally, so that fp32 can represent small differences.
     return queries.float(), (keys - keys.mean(0)).float(), squares.isfinite().all()

@@ -3,8 +3,8 @@
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
 projection is linear, so the averages can be computed first and projected by the model's own module. One row per head,
 zero outside that head, is appended to the token axis of the module's input and split off its output. This is correct
-for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. Slicing the weight would fail, or give wrong
-results, for most of these.
+for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. In most of these cases, slicing the weight
+would fail or give wrong results.
 
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
 the checkpointing function of the chosen layers is wrapped.
@@ -43,7 +43,7 @@ class HeadCapture(LayerHooks):
 
     Args:
         model: A transformers model, bare or wrapped by PEFT, DDP, FSDP or DeepSpeed.
-        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a heads.json.
+        heads: ``Targets`` of heads, their names in a string (``"L3H4,L7H6"``) or a list, or the path of a file.
 
     Raises:
         ValueError: The model lacks one of the heads.
@@ -54,11 +54,11 @@ class HeadCapture(LayerHooks):
         self._heads_of: dict[int, list[int]] = {index: [] for index in self._layers}
         for item in self._targets:
             self._heads_of[item.layer].append(item.head or 0)
-        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are now running
+        self._frames: dict[int, list[tuple[Tensor, ...]]] = {}  # rows of the checkpointed layers that are running
         self._unverified = set(self._layers)
 
     def projections(self) -> Tensor:
-        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after a `tokens` pass."""
+        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after :meth:`tokens`."""
         return self._stacked(1)
 
     def _hook(self) -> None:
@@ -113,7 +113,7 @@ class HeadCapture(LayerHooks):
         dropouts = (module for module in projection.modules() if isinstance(module, nn.Dropout))
         inputs, layer = read.flatten(0, -2)[:1], self._layout.layers[index]
         if not inputs.any() or any(module.training and module.p for module in dropouts):
-            return  # a later pass decides
+            return  # a later pass will verify this layer
         self._unverified.discard(index)
         assert self._read is not None
         heads = torch.block_diag(*inputs[0].split(layer.head_dim))  # one row per head
@@ -153,8 +153,8 @@ class HeadCapture(LayerHooks):
                 self._read, rows = outer, self._frames.pop(index)
             if not rows:
                 raise RuntimeError(
-                    "HeadCapture was left before the backward pass, in which gradient checkpointing reruns the "
-                    "layers; stay inside the context until `loss.backward()` has returned."
+                    "HeadCapture was left before the backward pass, but gradient checkpointing reruns the layers in "
+                    "that pass; stay inside the context until `loss.backward()` has returned."
                 )
             nonlocal n_rows
             n_rows = len(rows[0])
@@ -172,7 +172,7 @@ class LayerCapture(LayerHooks):
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))
-        self._inside: set[int] = set()  # the checkpointed layers that are now running
+        self._inside: set[int] = set()  # the checkpointed layers that are running
 
     def _hook(self) -> None:
         for index, layer in self._layers.items():

@@ -1,4 +1,4 @@
-"""The heads of a transformers model: its text decoder, the token mixer of each layer, and its output projection.
+"""Finds the heads of a transformers model: its text decoder, and each layer's token mixer and output projection.
 
 The layout is found by structure: the heads of a decoder layer lie side by side in the input of its mixer's output
 projection. A head's contribution is read at the projection. At that point, Qwen3.5 has multiplied the heads by a gate,
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from torch import nn
 
-#: The ``model_type`` of the text decoders that the tests build; other decoders are accepted by structure.
+#: The ``model_type`` of each text decoder that the tests build; other decoders are accepted if their structure fits.
 FAMILIES = frozenset({
     "aria_text", "cohere2", "deepseek_v3", "ernie4_5_vl_moe_text", "exaone4", "gemma", "gemma2", "gemma3_text",
     "gemma3n_text", "gemma4_text", "glm4", "glm4_moe", "glm4v_moe_text", "glm4v_text", "glm_ocr_text", "gpt_oss",
@@ -30,8 +30,8 @@ FINAL = sys.maxsize
 
 Mixer = Literal["attention", "linear_attention", "none"]
 
-# Possible names of a mixer's output projection, of the width of its heads (with latent attention, the width of the
-# values), of the number of its heads, of the modules before the mixer, and of the norm after the last layer.
+# Possible names, in this order, of a mixer's output projection, its head width (with latent attention, the width of
+# the values) and its number of heads, of the modules before the mixer, and of the norm after the last layer.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 _WIDTHS = ("v_head_dim", "head_v_dim", "head_dim")
 _COUNTS = ("num_heads", "num_attention_heads", "num_v_heads")
@@ -79,8 +79,8 @@ class HeadLayout:
         if any((layer.n_heads, layer.head_dim) != (first.n_heads, first.head_dim) for layer in self.layers):
             kinds = "; ".join(sorted(set(map(str, self.layers))))
             raise ValueError(
-                f"model: the layers of this {self.model_type!r} model have different heads ({kinds}), and this method "
-                "needs equal ones; use another model."
+                f"model: the layers of this {self.model_type!r} model have different heads ({kinds}), but this method "
+                "needs equal heads; use another model."
             )
         return first.head_dim
 
@@ -89,7 +89,7 @@ _LAYOUTS: dict[str, HeadLayout] = {}
 
 
 def head_layout(config: Any) -> HeadLayout:
-    """Reads the layout of a configuration, without weights; raises ``ValueError`` for a model without heads."""
+    """Reads the layout from a configuration, without weights; raises ``ValueError`` for a model without heads."""
     key = config.to_json_string(use_diff=False)
     if key not in _LAYOUTS:
         _LAYOUTS[key] = _read_layout(config)
@@ -99,8 +99,8 @@ def head_layout(config: Any) -> HeadLayout:
 def _read_layout(config: Any) -> HeadLayout:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False) or not hasattr(text, "vocab_size"):
-        kind = "an encoder-decoder" if hasattr(text, "vocab_size") else "no language model"
-        raise ValueError(f"model: {config.model_type!r} is {kind}, and HeRA reads decoders; use a decoder-only model.")
+        kind = "an encoder-decoder" if hasattr(text, "vocab_size") else "not a language model"
+        raise ValueError(f"model: {config.model_type!r} is {kind}, but HeRA reads decoders; use a decoder-only model.")
     layers = tuple(_layer_heads(layer, text, index) for index, layer in enumerate(_empty_decoder(config).layers))
     if not any(layer.n_heads for layer in layers):
         raise ValueError(
@@ -148,7 +148,7 @@ def _layer_heads(layer: nn.Module, text: Any, index: int) -> LayerHeads:
         if not rest and n_heads in (counts or (n_heads,)):
             kind: Mixer = "linear_attention" if linear or "Attention" not in type(mixer).__name__ else "attention"
             found.append(LayerHeads(kind, n_heads, width, f"{name}.{projection}"))
-    # A layer may have a second mixer. Its attention is preferred.
+    # If a layer has two mixers, attention is preferred.
     return min(found, key=lambda heads: heads.mixer, default=LayerHeads())
 
 
@@ -166,7 +166,7 @@ def text_decoder(model: nn.Module) -> nn.Module:
 
 
 def find_decoder(model: nn.Module, model_type: str, n_layers: int) -> nn.Module:
-    """Finds the one module of a type with so many layers; raises ``ValueError`` if there is none, or several."""
+    """Finds the only module of a type with ``n_layers`` layers; raises ``ValueError`` if there are none or several."""
     from torch.nn import ModuleList
 
     # Wrappers such as FSDP and PEFT forward attribute access, so several modules may expose the same layers. The
@@ -204,7 +204,7 @@ def model_config(model: nn.Module) -> Any:
         config = getattr(module, "config", None)
         if hasattr(config, "get_text_config"):
             return config
-    raise ValueError(f"model: {type(model).__name__} contains no transformers model; pass one.")
+    raise ValueError(f"model: {type(model).__name__} contains no transformers model; pass a model from transformers.")
 
 
 def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
@@ -215,7 +215,7 @@ def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
-    Inside the layer, these are the parameters of the input norm and the mixer, or, with ``whole_layer``, all of them.
+    Inside the layer, only the input norm and the mixer count or, with ``whole_layer``, all modules.
     ``layer`` may be :data:`FINAL`. Call this function before a sharding engine renames or flattens parameters.
     """
     layers, norm = decoder_layers(model), final_norm(text_decoder(model))

@@ -14,7 +14,7 @@ from torch import nn
 from ..hub import local_folder, weight_files
 from .families import HeadLayout, model_config
 
-# The name of a decoder weight, from "layers" on, because the prefix differs between architectures.
+# Matches the name of a decoder weight from "layers" on, because the prefix differs between architectures.
 _DECODER_WEIGHT = re.compile(r"(?:^|\.)(?:model|language_model)\.(layers\.\d+\..+)$")
 _WRAPPED = re.compile(r"\.(?:base_layer|original_module)(?=\.)")  # PEFT inserts these into the name of a weight
 
@@ -51,7 +51,7 @@ def weights_of(model: nn.Module) -> Path | nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether parameters are missing, because ZeRO-3 sharded them or they are on no device."""
+    """Returns whether parameters are missing, because ZeRO-3 sharded them or they are on the meta device."""
     return any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

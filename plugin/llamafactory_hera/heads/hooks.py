@@ -1,4 +1,4 @@
-"""Removable hooks on a model, which capture representations from chosen decoder layers."""
+"""Removable hooks on a model, and hooks that capture representations from its decoder layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class LayerHooks(Hooks):
         modules, decoder = decoder_layers(model), text_decoder(model)
         self._layers: dict[int, Any] = {i: final_norm(decoder) if i == FINAL else modules[i] for i in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # maps tokens to rows; None captures nothing
-        self._rows: dict[int, tuple[Tensor, ...]] = {}  # by layer; axis 0 is the targets of that layer
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # by layer; axis 0 indexes the layer's targets
         #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
@@ -101,10 +101,10 @@ class LayerHooks(Hooks):
         self._start_pass(lambda hidden: hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])))
 
     def representations(self) -> Tensor:
-        """Returns the averages ``[n_targets, B, D]`` of the last forward pass, or raises ``RuntimeError`` without one.
+        """Returns the averages of the last pass, ``[n_targets, B, D]``; raises ``RuntimeError`` if it captured none.
 
-        After :meth:`tokens`, these are rows ``[n_targets, B, n, X]``: outputs of layers (X = D), or of heads before
-        their output projection (X = ``head_dim``).
+        After :meth:`tokens`, returns rows ``[n_targets, B, n, X]``: outputs of layers (X = D), or of heads before
+        the output projection (X = ``head_dim``).
         """
         return self._stacked(0)
 

@@ -28,7 +28,7 @@ def without_folder(name: str) -> str:
 
 
 def paper_heads(configuration: Any) -> str:
-    """Returns the heads that the paper aligned in a model, or raises ``ValueError`` for a model of another name.
+    """Returns the heads that the paper aligned in a model, or raises ``ValueError`` for any other model.
 
     ``llamafactory-hera build`` writes the name of the language model into the configuration.
     """
@@ -37,5 +37,5 @@ def paper_heads(configuration: Any) -> str:
     for checkpoint, heads in PAPER_HEADS.items():
         if names & {checkpoint, checkpoint.partition("/")[2]}:
             return heads
-    why = f"is for {', '.join(PAPER_HEADS)}, and models built from them, not for {name or 'this model'}"
+    why = f"supports {', '.join(PAPER_HEADS)}, and models built from them, but not {name or 'this model'}"
     raise ValueError(f"hera_heads: {PAPER} {why}; use auto.")

@@ -17,11 +17,11 @@ from .tokens import pool_tokens
 def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> tuple[list[Tensor], Tensor]:
     """Averages the outputs of heads and layers over the tokens of ``mask`` ``[B, T]``.
 
-    ``run`` runs the model, or only its text decoder. The model may be under PEFT, but must be complete here.
+    ``run`` runs the model, or only its text decoder. The model may be wrapped by PEFT, but must not be sharded.
 
     Returns:
-        The outputs of each layer's heads, ``[B, H, d]`` with that layer's sizes (their slices of the output
-        projection's input), and of the layers, ``[B, L, D]``; all in fp32 on the model's device.
+        For each layer, its heads' outputs ``[B, H, d]`` (slices of the output projection's input; H and d may differ
+        between layers), and the outputs of all layers, ``[B, L, D]``; all in fp32 on the model's device.
     """
     size, layout = head_layout(model_config(model)).hidden_size, head_layout(model_config(model)).layers
     heads = [mask.new_zeros(len(mask), 0, 0, dtype=torch.float32) for _ in layout]
@@ -51,7 +51,7 @@ def pooled_heads(model: nn.Module, mask: Tensor, run: Callable[[], object]) -> t
 
 @torch.no_grad()
 def projection_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yields the effective output projection ``[D, H * d]`` of each layer, ``[D, 0]`` for one without heads."""
+    """Yields the effective output projection ``[D, H * d]`` of each layer, or ``[D, 0]`` for a layer without heads."""
     layout = head_layout(model_config(model))
     for layer, heads in zip(decoder_layers(model), layout.layers, strict=True):
         width = heads.n_heads * heads.head_dim

@@ -20,7 +20,7 @@ AUTO = "auto"
 #: Values of ``hera_layers`` that denote a layer by its place in any model.
 NAMED_LAYERS = ("middle", "penultimate")
 
-# The types of the entries of a provenance.
+# The types of provenance entries.
 _TYPES: dict[str, Any] = {"model": str, "teacher": str, "dataset": str, "keys": dict, "adapters": list, "scores": list}
 _TYPES |= {"samples": int, "chance_level": (float, int)}
 _NAME = re.compile(r"L(\d{1,6})(?:H(\d{1,6}))?", re.IGNORECASE)
@@ -32,7 +32,7 @@ _SYNTAX = {
 
 
 class Target(NamedTuple):
-    """One query head of a decoder layer, or, without a head, the layer itself; zero-based.
+    """A query head of a decoder layer, or the layer itself if ``head`` is None; zero-based.
 
     The layer :data:`FINAL`, written ``final``, is the output of the norm after the last layer.
     """
@@ -47,7 +47,7 @@ class Target(NamedTuple):
 
     @classmethod
     def parse(cls, text: str, granularity: Granularity = "head", key: str | None = None) -> Self:
-        """Reads ``L3H4``, or ``L3`` or ``final``; ``key`` is the setting to put into error messages."""
+        """Reads ``L3H4``, ``L3`` or ``final``; ``key`` is the setting that error messages name."""
         if granularity == "layer" and text.strip() == "final":
             return cls(FINAL)
         match = _NAME.fullmatch(text.strip())
@@ -59,7 +59,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """The heads or layers of a run in the order in which they were chosen, with the provenance of that choice.
+    """The heads or layers of a run, in the order they were chosen, with the provenance of the choice.
 
     Attributes:
         items: Only heads or only layers; a selection by score puts the least aligned first.
@@ -81,7 +81,7 @@ class Targets:
 
     @property
     def plural(self) -> str:
-        """The plural ``heads`` or ``layers``, also used for the list in the file."""
+        """The plural ``heads`` or ``layers``, which is also the name of the list in the file."""
         return f"{self.granularity}s"
 
     @property
@@ -108,12 +108,12 @@ class Targets:
         """Reads the value of a setting.
 
         Args:
-            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, a repository of the hub
+            value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, a repository on the hub
                 (``hf:owner/name``), :data:`PAPER`, or existing ``Targets``.
             granularity: The kind that the names denote.
-            configuration: The model's configuration. Every target must exist in this model. It is needed to resolve
-                :data:`PAPER` and :data:`NAMED_LAYERS`.
-            key: The setting to put into error messages; by default that of the granularity.
+            configuration: The configuration of the model in which every target must exist; :data:`PAPER` and
+                :data:`NAMED_LAYERS` need it.
+            key: The setting that error messages name; by default, the one for the granularity.
 
         Raises:
             ValueError: A name is missing, malformed, repeated, outside the model or of the other kind, or the file is
@@ -130,7 +130,7 @@ class Targets:
             if (repository := hub_id(text, key)) is not None:
                 value = cls.load(fetch_first(repository, [file_name(granularity)], key), granularity, key)
                 if "model_fingerprint" not in value.provenance:
-                    raise ValueError(f"{key}: {text} does not name its model, so it may not fit; write {value}.")
+                    raise ValueError(f"{key}: {text} does not name its model; if it fits yours, write {value}.")
             elif text.endswith(".json") or os.path.sep in text or os.path.isfile(text):
                 value = cls.load(text, granularity, key)
             else:
@@ -147,7 +147,7 @@ class Targets:
     def load(
         cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None
     ) -> "Targets":
-        """Reads a file that :meth:`save` wrote; raises ``ValueError`` if it is missing or has other contents.
+        """Reads a file that :meth:`save` wrote; raises ``ValueError`` if the file is missing or invalid.
 
         The file must list targets of the given granularity; None allows both. Error messages contain ``key``.
         """
@@ -166,7 +166,7 @@ class Targets:
                         if not isinstance(origin[name], _TYPES[name]):
                             raise ValueError(f"{name}: {str(origin[name])[:40]}")
                 return cls(_parse_names(names, kind, key), origin)
-        raise ValueError(f'{key}: {path} has no list "{kinds[0]}s"; {remedy}.')
+        raise ValueError(f'{key}: {path} has no "{kinds[0]}s" list; {remedy}.')
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the targets to a JSON file atomically."""
@@ -196,11 +196,11 @@ def _parse_names(names: Iterable[Any], granularity: Granularity, key: str) -> tu
 
 
 def hub_id(value: str, key: str) -> str | None:
-    """Returns the repository of the hub that a value names, or None if it names a file in an existing folder."""
+    """Returns the hub repository that a value names, or None for other values, such as files in existing folders."""
     text = value.strip()
     if not text.startswith(HUB) and os.path.isdir(text) and _HUB_ID.fullmatch(text):
-        choice = f"write {HUB}{text} for a repository of the hub, or the path of the file in the folder"
-        raise ValueError(f"{key}: {text} is a folder here, and could be a hub id; {choice}.")
+        choice = f"write {HUB}{text} for the repository on the hub, or the path of the file in the folder"
+        raise ValueError(f"{key}: {text} is a local folder, but could also be a hub id; {choice}.")
     is_id = _HUB_ID.fullmatch(text) and not text.endswith(".json") and not os.path.isdir(os.path.dirname(text))
     return text if text.startswith(HUB) or is_id else None
 

@@ -21,7 +21,7 @@ def token_mask(
     labels: Tensor | None = None,
     media_token_ids: Collection[int] = (),
 ) -> Tensor:
-    """Marks the tokens that enter the average, boolean ``[B, T]``, from tensors of that shape.
+    """Marks the tokens to average, boolean ``[B, T]``; all tensors have this shape.
 
     ``answer`` is the paper's choice (app. A): the labeled tokens, that is, the caption in stage 1 and the assistant's
     turns in stage 2. The other options are this project's: ``text`` is all text, ``mean`` is all tokens except
@@ -31,8 +31,8 @@ def token_mask(
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"data_collator: its attention_mask has the shape {list(attention_mask.shape)}, and its input_ids "
-            f"{list(input_ids.shape)}; let it keep one padded row for each sample (data_flatten and packing off)."
+            f"data_collator: its attention_mask has the shape {list(attention_mask.shape)}, but its input_ids "
+            f"have {list(input_ids.shape)}; keep one padded row per sample (disable data_flatten and packing)."
         )
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if pooling in ("answer", "text"):
@@ -40,7 +40,7 @@ def token_mask(
             attended = attended & (input_ids != token)
     if pooling == "answer":
         if labels is None:
-            raise ValueError("hera_pooling: answer averages over labeled tokens, and the batch has none; set text.")
+            raise ValueError("hera_pooling: answer averages over labeled tokens, but the batch has none; set text.")
         return attended & (labels != IGNORE_INDEX)
     if pooling != "last":
         return attended
@@ -50,19 +50,19 @@ def token_mask(
 
 
 def check_row_count(batch: dict[str, Any], samples: int) -> None:
-    """Raises ``ValueError`` unless a collator made one row of each sample."""
+    """Raises ``ValueError`` unless a collator made one row per sample."""
     if (rows := len(batch["input_ids"])) != samples:
         raise ValueError(
-            f"data_collator: it makes {rows} rows of {samples} samples; let it keep one row for each sample, in the "
-            "same order (packed rows need pieces_of)."
+            f"data_collator: it makes {rows} rows from {samples} samples; keep one row per sample, in the same order "
+            "(packed rows need pieces_of)."
         )
 
 
 def by_piece(batch: dict[str, Any], pieces: Tensor, count: int) -> dict[str, Any]:
     """Views a batch of packed rows as ``count`` samples, one per piece, with tensors ``[count, B * T]``.
 
-    Each sample has the tokens of all rows, but attends only to those of its piece. ``pieces`` ``[B, T]`` contains the
-    number of each token's piece, counted from 1, and 0 for tokens outside of all pieces.
+    Each sample has the tokens of all rows, but attends only to the tokens of its piece. ``pieces`` ``[B, T]`` contains
+    the number of each token's piece, counted from 1, or 0 for a token outside all pieces.
     """
     names = [name for name in ("input_ids", "labels") if name in batch]
     tokens: dict[str, Any] = {name: batch[name].view(1, -1).expand(count, -1) for name in names}
@@ -76,7 +76,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
     if packed and (hidden.dim() < 3 or mask.shape[1:] != (hidden.shape[:2].numel(),)):
         raise ValueError(
             f"mask: its shape {list(mask.shape)} does not fit a layer that returns {list(hidden.shape)}; give a "
-            "boolean with the shape of input_ids, and use a model whose layers return [batch, tokens, size]."
+            "boolean mask with the shape of input_ids, and use a model whose layers return [batch, tokens, size]."
         )
     # Weights are divided in fp32 before the product, because large counts and long sums overflow float16.
     wide = mask.to(torch.promote_types(hidden.dtype, torch.float32))
@@ -92,7 +92,7 @@ def grid_side(config: Any, objective: str) -> int:
     tower: Any = getattr(config, "vision_config", None)
     problem = ""
     if config.model_type not in _FIXED_GRID:
-        problem = f"{config.model_type!r} models do not create one"
+        problem = f"{config.model_type!r} models do not create such a grid"
     elif getattr(config, "vision_feature_select_strategy", "default") == "full" and "siglip" not in tower.model_type:
         problem = "this model also keeps the CLS token of its vision tower"
     elif not isinstance(tower.image_size, int):
@@ -111,7 +111,7 @@ def token_positions(
     """Finds the token positions of one image per sample, ``[B, per_image]``; arbitrary for a sample without images.
 
     ``input_ids`` and the attention mask are ``[B, L]``; the mask is 0 for padding and for a host's dummy image.
-    ``image`` ``[B, 2]`` is the image's index and the number of images, each with ``per_image`` tokens ``token_id``.
+    ``image`` ``[B, 2]`` is the image's index and the number of images. Each has ``per_image`` tokens ``token_id``.
     """
     visual = _visual(input_ids, attention_mask, token_id)
     length = input_ids.shape[1]
@@ -135,6 +135,6 @@ def check_image_tokens(
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"dataset: a sample with {int(count[row])} images has {int(found[row])} image tokens instead of "
-            f"{int(count[row]) * per_image}; raise the maximum length of a sample if they were cut off, or use "
+            f"{int(count[row]) * per_image}; raise the maximum length of a sample if tokens were cut off, or use "
             "another objective if the number of tokens per image varies in this model."
         )

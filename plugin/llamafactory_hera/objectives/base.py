@@ -33,12 +33,12 @@ class Options:
 
 @dataclass(frozen=True)
 class PooledBatch:
-    """The global batch of N samples, with one vector per sample and target; zeros where a sample is not valid.
+    """The global batch of N samples, with one vector per sample and target; zeros for invalid samples.
 
-    All processes have the same batch, and n consecutive samples of it belong to each process.
+    All processes have the same batch; n consecutive samples belong to each process.
     """
 
-    z: Tensor  #: ``[n_targets, N, D]`` in fp32, with gradients, which a backward pass sends to the samples' processes
+    z: Tensor  #: ``[n_targets, N, D]`` in fp32; a backward pass sends its gradients to the samples' processes
     z_all: Tensor  #: ``[n_targets, M, D]``: ``z``, followed by remembered representations
     teacher: Tensor  #: ``[N, D_teacher]`` in fp32
     valid: Tensor  #: boolean ``[N]``, true if the sample has an image and pooled tokens
@@ -53,7 +53,7 @@ class Objective(nn.Module, ABC):
 
     #: The supported values of ``hera_granularity``.
     granularities: ClassVar[tuple[str, ...]] = ("head", "layer")
-    #: The keys of ``config.OBJECTIVE_KEYS`` that the objective reads. A run that sets other keys prints a warning.
+    #: The keys of ``config.OBJECTIVE_KEYS`` that the objective reads. A run that sets the others prints a warning.
     reads: ClassVar[tuple[str, ...]] = (
         "hera_k",
         "hera_pooling",
@@ -77,9 +77,9 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Any) -> Tensor:
         """Computes losses from a :class:`PooledBatch` or a :class:`~.TokenBatch`.
 
-        Returns ``[n_targets, n]``, the losses of the samples of this process, of which the run takes the mean over
-        all samples that enter; 0 for a sample that does not. If the loss of a :class:`PooledBatch` is no such mean,
-        returns ``[n_targets]``, the loss of the global batch, which every process must then compute in the same way.
+        Returns ``[n_targets, n]``, the losses of this process's samples, 0 for a sample that does not enter. The run
+        averages them over all samples that enter. If the loss of a :class:`PooledBatch` is not such a mean, returns
+        ``[n_targets]``, the loss of the global batch, which every process must compute in the same way.
         """
 
     def entering(self, batch: PooledBatch) -> Tensor:
@@ -87,11 +87,11 @@ class Objective(nn.Module, ABC):
         return batch.valid[batch.rows] & (batch.valid.sum() >= self.least_samples)
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Returns whether every sample of this process that enters must receive a gradient, a boolean scalar."""
+        """Returns a boolean scalar: whether each sample of this process that enters must receive a gradient."""
         return self.entering(batch).any()
 
     def values(self) -> dict[str, float]:
-        """Returns the numbers to log, by their names in the log."""
+        """Returns the values to log, by name."""
         return {}
 
 
@@ -103,7 +103,7 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
     def add(objective: type[Objective]) -> type[Objective]:
         if name in _REGISTRY:
-            raise ValueError(f"hera_objective: {name!r} is already {_REGISTRY[name].__name__}; choose another name.")
+            raise ValueError(f"hera_objective: {name!r} is taken by {_REGISTRY[name].__name__}; choose another name.")
         _REGISTRY[name] = objective
         return objective
 
@@ -118,7 +118,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> type[Objective]:
-    """Finds the class of an objective by its name or as ``module:Class``, or raises ``ValueError``."""
+    """Finds the class of an objective by its name or by ``module:Class``, or raises ``ValueError``."""
     module, colon, attribute = name.partition(":")
     if not colon:
         if name not in _REGISTRY and name not in (known := names()):

@@ -16,7 +16,7 @@ class CKA(Objective):
 
     def forward(self, batch: PooledBatch) -> Tensor:
         """Computes the loss of each target over the global batch; 0 for fewer than three samples."""
-        # not a sum over samples, so every process computes all of it
+        # not a sum over samples, so every process computes the whole loss
         enough = batch.valid.sum() >= self.least_samples
         return torch.where(enough, cka_loss(batch.z, batch.teacher, batch.valid & enough), 0.0)
 

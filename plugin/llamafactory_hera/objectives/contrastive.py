@@ -27,17 +27,17 @@ class Contrastive(Objective):
     def forward(self, batch: PooledBatch) -> Tensor:
         """Computes the loss of each target and of each sample of this process, 0 for a sample without a neighbor.
 
-        The candidates carry no gradient, so the backward pass needs no communication. Instead, each sample receives
-        here the gradient of the losses of all samples that are compared with it, on any process. It follows from
-        three facts: both samples of a pair have the same similarity, each is a candidate of the other, and the other
-        process sends the sums and the neighbors of its samples.
+        The candidates carry no gradient, so the backward pass needs no communication. Instead, this method adds to
+        each sample the gradient from the losses of all samples compared with it, on any process. This is possible
+        because similarities are symmetric, the samples of a pair are candidates of each other, and every process
+        sends the sums and the neighbors of its samples.
         """
         found, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
         similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
         losses, logits, sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
         sent = torch.cat([sums.detach().T, found.neighbors.to(sums)], dim=1)
         sums, neighbors = gather_rows(sent).split([len(sums), sent.shape[1] - len(sums)], dim=1)
-        with torch.no_grad():  # the derivatives of all samples' losses by their similarities to each own sample
+        with torch.no_grad():  # derivatives of all samples' losses with respect to their similarity to each own sample
             place = neighbors.long() - found.first
             place = place.where((place >= 0) & (place < losses.shape[-1]), -1)
             counts = (neighbors >= 0).sum(dim=-1)

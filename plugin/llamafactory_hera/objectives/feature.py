@@ -26,7 +26,7 @@ class Feature(TokenObjective):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Computes the loss of each target and sample."""
-        # one target after another, because the projector's hidden layers for all heads at once would take four times
+        # one target at a time, because the projector's hidden layers for all heads at once would take four times
         # the memory of the tokens (5 heads, 4 images of 729 tokens: 0.48 GB)
         loss = partial(checkpoint, self._loss, use_reentrant=False, preserve_rng_state=False)
         return torch.stack([loss(target, batch) for target in range(self.options.n_targets)])

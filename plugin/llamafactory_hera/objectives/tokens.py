@@ -1,4 +1,4 @@
-"""Objectives that compare the visual tokens of an image with the teacher's features of the same places."""
+"""Objectives that compare the visual tokens of an image with the teacher's features at the same places."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,18 +12,18 @@ from .base import Objective
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The visual tokens of the samples on one process; zeros where a sample is not valid."""
+    """The visual tokens of the samples on one process; zeros for invalid samples."""
 
-    #: ``[n_targets, B, t, X]`` in fp32, with gradients: all tokens of an image, row by row, or those of a
-    #: :class:`Plan`, as outputs of layers (X = D), or of heads before their output projection (X = ``head_dim``)
+    #: ``[n_targets, B, t, X]`` in fp32, with gradients: all tokens of an image, row by row, or a plan's
+    #: tokens. Each is an output of a layer (X = D), or of a head before the output projection (X = ``head_dim``).
     tokens: Tensor
-    projections: Tensor | None  #: ``[n_targets, head_dim, D]``, each head's part of the output projection, for heads
-    teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features of the same places
+    projections: Tensor | None  #: ``[n_targets, head_dim, D]``, the heads' output projections; None for layers
+    teacher: Tensor  #: ``[B, T, D_teacher]`` in fp32, the teacher's features at the same places
     valid: Tensor  #: boolean ``[B]``, true if the sample enters the loss
     context: dict[str, Tensor] = field(default_factory=dict)  #: the tensors of the plan
 
     def linear(self, target: int, layer: nn.Linear) -> Tensor:
-        """Applies ``layer`` to a target's representations, ``[B, t, out]``; those of a head are never computed."""
+        """Applies ``layer`` to a target's representations, ``[B, t, out]``, without computing those of a head."""
         if self.projections is None:
             return layer(self.tokens[target])
         # a representation is o W (paper, eq. 7); with W folded into the layer, a token has head_dim values, not D
@@ -43,7 +43,7 @@ class Step:
     side: int  #: tokens along each side of an image's grid
     seed: int  #: the seed of the run
     rank: int  #: the rank of this process
-    number: int  #: the number of the micro-batch since the start of the run; a resumed run continues to count
+    number: int  #: the number of the micro-batch since the start of the run; a resumed run continues the count
 
     def generator(self, shared: bool = False) -> torch.Generator:
         """Creates a CPU generator for this micro-batch; if ``shared``, it is the same on all processes."""
@@ -61,7 +61,7 @@ class Plan:
 
 
 class TokenObjective(Objective):
-    """An objective on visual tokens, computed on each process from its samples without gathering."""
+    """An objective on visual tokens, computed on each process from its own samples."""
 
     reads: ClassVar[tuple[str, ...]] = ("hera_teacher_cache", "hera_objective_lr", "hera_objective_from")
     #: The class that loads and checks the teacher; None for a vision model (``teachers.encoder.VisionTeacher``).
@@ -69,7 +69,7 @@ class TokenObjective(Objective):
 
     @classmethod
     def check_model(cls, model_config: Any, attention: str | None) -> None:
-        """Raises ``ValueError`` if a model with this configuration and attention (None if unknown) does not fit."""
+        """Raises ``ValueError`` if a model with this configuration and attention (None if unknown) is unsuitable."""
 
     def attach(self, model: nn.Module) -> None:
         """Receives the model before an engine wraps it; override this to install hooks that change forward passes."""

@@ -1,1 +1,1 @@
-"""ROSS, JARVIS and LaVer's Gram loss, for comparison; ``hera_objective`` finds them, and nothing imports them."""
+"""ROSS, JARVIS and LaVer's Gram loss, for comparison. ``hera_objective`` finds them; nothing else imports them."""

@@ -14,7 +14,7 @@ class DecoderInputs(Hooks):
     """Changes the inputs of the text decoder, outside the checkpointed layers and inside every wrapper.
 
     With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless :meth:`set`
-    gave the pass a mask. A model that was trained in this way must generate and be evaluated inside this context.
+    gave the pass a mask. A model trained this way must also generate and be evaluated inside this context.
     """
 
     def __init__(self, model: nn.Module, two_way: bool = False) -> None:
@@ -29,8 +29,8 @@ class DecoderInputs(Hooks):
     def set(self, attention: Tensor | None = None, embeddings: tuple[Tensor, Tensor] | None = None) -> None:
         """Sets the changes for the next forward pass; None keeps the model's own input.
 
-        ``attention``, boolean ``[B, L, L]``, is true where a token (second axis) sees a token (third), in all layers.
-        ``embeddings`` are positions ``[B, p]``, -1 for none, and the vector ``[D]`` to write to these positions.
+        ``attention``, boolean ``[B, L, L]``, is true where a token (second axis) sees another (third), in all layers.
+        ``embeddings`` are positions ``[B, p]`` (-1 for none) and the vector ``[D]`` to write there.
         """
         self._attention, self._embeddings = attention, embeddings
 
@@ -57,8 +57,8 @@ class DecoderInputs(Hooks):
         embeds = kwargs["inputs_embeds"]
         if embeddings is not None:
             positions, vector = embeddings
-            # An extra column receives the positions of -1, so that shapes do not depend on values. A mask is scattered
-            # and not the vector, because the gradient of a scattered vector counts a repeated position several times.
+            # Positions of -1 go to an extra column, so that shapes do not depend on values. A mask is scattered, not
+            # the vector, because the gradient of a scattered vector counts a repeated position several times.
             hidden = torch.zeros(len(embeds), embeds.shape[1] + 1, dtype=torch.bool, device=embeds.device)
             hidden = hidden.scatter(1, torch.where(positions < 0, embeds.shape[1], positions), True)[:, :-1]
             embeds = torch.where(hidden.unsqueeze(-1), vector.to(embeds), embeds)

@@ -1,7 +1,7 @@
-"""Gram matching: the similarities between the visual tokens of an image are those between the teacher's patches.
+"""Gram matching: similarities between an image's visual tokens should equal those between the teacher's patches.
 
 This is the Gram loss of LaVer (arXiv 2512.06281; Fir-lat/LaVer at 4ce7bd9, ``src/llamafactory/model/laver``) with a
-frozen vision encoder as teacher; docs/rivals.md lists the differences.
+frozen vision encoder as the teacher; docs/rivals.md lists the differences.
 """
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..objectives import TokenBatch, TokenObjective, register
 
 @register("gram")
 class Gram(TokenObjective):
-    """The mean squared difference of the two matrices of cosine similarities, ``[T, T]``, of each image."""
+    """The mean squared difference between student and teacher cosine similarities, ``[T, T]`` for each image."""
 
     granularities = ("layer",)
 

@@ -1,6 +1,6 @@
 """JARVIS: the first layers of the language model predict the teacher's features of hidden image blocks.
 
-The code follows that of its authors (aimagelab/JARVIS); blocks are sampled as in I-JEPA (arXiv 2301.08243).
+The code follows the authors' implementation (aimagelab/JARVIS); blocks are sampled as in I-JEPA (arXiv 2301.08243).
 """
 
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger("llamafactory_hera")
 _N_TARGETS, _TARGET_SCALES, _TARGET_ASPECTS = 4, (0.15, 0.2), (0.75, 1.5)
 _CONTEXT_SCALES, _SQUARE = (0.85, 1.0), (1.0, 1.0)
 _Range = tuple[float, float]
-_TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: a context of at most 10 tokens is sampled again, 20 times at most
+_TOO_FEW, _TRIES = 10, 20  # src/train/collators.py: a context of at most 10 tokens is sampled again, up to 20 times
 _PLAIN = 0.2  # the probability that a micro-batch has no masks and no JARVIS loss
 
 
@@ -80,7 +80,7 @@ class Jarvis(TokenObjective):
     def prepare(self, step: Step) -> Plan:
         """Samples the blocks of each image, and hides the targets in the next pass; a plain pass is unchanged."""
         self._inputs.install()
-        # All processes choose alike: they average gradients, and z has no gradient in a plain micro-batch.
+        # All processes choose alike, because they average gradients, and z has none in a plain micro-batch.
         plain = float(torch.rand((), generator=step.generator(shared=True))) < _PLAIN
         targets, context = draw_blocks(step.side, len(step.positions), step.generator())
         device = step.input_ids.device
@@ -154,7 +154,7 @@ def _block(side: int, size: tuple[int, int], generator: torch.Generator) -> Tens
 
 
 def _context(side: int, size: tuple[int, int], targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Samples a block and removes the targets from it, or fewer of the targets if this leaves too few tokens."""
+    """Samples a block and removes the targets from it, or fewer targets if too few tokens would remain."""
     context = torch.zeros(side * side, dtype=torch.bool)
     for n_left_out in range(len(targets), -1, -1):
         for _ in range(_TRIES):

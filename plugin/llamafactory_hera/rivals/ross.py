@@ -1,7 +1,7 @@
-"""ROSS: a denoiser recovers an image's latents from the visual tokens of the language model's output.
+"""ROSS: a denoiser recovers an image's latents from the language model's outputs at the visual tokens.
 
 The code follows Haochen-Wang409/ross, commit 20ffc6b, folder ``ross/model``: ``multimodal_denoiser/denoiser_dit.py``
-for the denoiser, ``multimodal_denoiser/diffusion_utils`` for the diffusion, ``ross_arch.py`` for the sampling of steps
+for the denoiser, ``multimodal_denoiser/diffusion_utils`` for the diffusion, ``ross_arch.py`` for sampling steps
 and noise, and ``pixel_decoder/flux_decoder.py`` for the latents.
 """
 
@@ -20,10 +20,10 @@ from ..objectives import Options, TokenBatch, TokenObjective, register
 from ..teachers.encoder import KEY, teacher_fingerprint, teacher_folder
 
 STEPS = 1000  #: number of diffusion steps
-DRAWS = 4  #: pairs of a diffusion step and noise that are sampled per image
+DRAWS = 4  #: pairs of diffusion step and noise sampled per image
 _TIME_FEATURES = 256
 _CLASS = "AutoencoderKL"
-_WHAT = f"a diffusers {_CLASS} (the sub-folder vae of a pipeline)"
+_WHAT = f"a diffusers {_CLASS} (the vae subfolder of a pipeline)"
 
 
 class LatentTeacher:
@@ -45,7 +45,7 @@ class LatentTeacher:
         if config.get("_class_name") != _CLASS or None in map(config.get, ("shift_factor", "scaling_factor")):
             raise ValueError(
                 f"{KEY}: {name_or_path} is not an {_CLASS} with a shift_factor and a scaling_factor; give {_WHAT}, "
-                "such as that of FLUX.1-dev."
+                "such as FLUX.1-dev's."
             )
         return teacher_folder(name_or_path, what=_WHAT)
 
@@ -68,7 +68,7 @@ class LatentTeacher:
         """Samples the latents of images ``[B, 3, S, S]`` in [0, 1], with the default generator of the device.
 
         Returns ``[B, side * side, dim]`` in fp32 on the teacher's device. The tokens are ordered row by row; each
-        holds 2 x 2 latents, with channels in the order (latent channel, row, column).
+        contains 2 x 2 latents, with channels in the order (latent channel, row, column).
         """
         config = self._model.config
         size = side * 2 ** len(config.block_out_channels)  # all levels but the last halve the size, as does packing
@@ -156,7 +156,7 @@ class Denoiser(nn.Module):
         condition = (time[:, :, None] + token).flatten(0, 1)
         x = self.embed(noisy.flatten(0, 1)) + self.positions
         for block in self.blocks:
-            # recomputed, because the four noise samples of a 729-token image would hold 1 GB; nothing is random
+            # recomputed, because the four noise samples of a 729-token image would take 1 GB; nothing is random
             x = checkpoint(block, x, condition, use_reentrant=False, preserve_rng_state=False)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         return self.last((1 + scale) * self.norm(x) + shift).unflatten(0, times.shape)
@@ -177,7 +177,7 @@ class Ross(TokenObjective):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         if options.n_targets != 1:
-            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; set it to final.")
+            raise ValueError(f"hera_layers: ross reads one layer, not {options.n_targets}; set hera_layers: final.")
         sizes = (options.side, options.teacher_dim, options.dim)
         self.denoiser = Denoiser(*sizes, self.width, self.depth, self.heads)
         share = alpha_bar()

@@ -22,7 +22,7 @@ from .images import KEY_BYTES
 logger = logging.getLogger("llamafactory_hera")
 
 _SHARD_ROWS = 4096  # 8 MB for a teacher with D = 1024
-_KEY = np.dtype(f"S{KEY_BYTES}")  # NumPy orders byte strings by their bytes, so sorted keys are an index
+_KEY = np.dtype(f"S{KEY_BYTES}")  # NumPy orders byte strings by their bytes, so sorted keys serve as an index
 
 
 class FeatureCache:
@@ -67,7 +67,7 @@ class FeatureCache:
         return found
 
     def put(self, keys: Sequence[bytes], features: Tensor) -> None:
-        """Adds the features ``[n, D]`` of n images, rounded to float16; a key in the cache keeps its feature."""
+        """Adds the features ``[n, D]`` of n images, rounded to float16; cached keys keep their features."""
         features = features.detach().to("cpu", torch.float16, copy=True)
         if broken := features.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist():
             raise ValueError(
@@ -90,7 +90,7 @@ class FeatureCache:
             self.refresh()
 
     def refresh(self) -> None:
-        """Adds to the index all shards that were written since the last call."""
+        """Adds all shards written since the last call to the index."""
         keys, places = [self._keys], [self._places]
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._known):
             self._known.add(path)

@@ -33,7 +33,7 @@ class TeacherFamily(NamedTuple):
     #: The first token of ``last_hidden_state``, ``pooler_output``, or the mean of all tokens. CLIP applies its final
     #: norm only to ``pooler_output``.
     output: Literal["cls", "pooled", "mean"]
-    any_size: bool = False  #: The model accepts images of other sizes than ``config.image_size``.
+    any_size: bool = False  #: The model accepts image sizes other than ``config.image_size``.
     patches: bool = True  #: ``last_hidden_state`` ends with the patch tokens, row by row.
 
 
@@ -121,7 +121,7 @@ class TeacherProcessor:
 
 
 class VisionTeacher:
-    """A frozen vision model, not a ``torch.nn.Module``, so a model that contains it neither trains nor saves it."""
+    """A frozen vision model; not a ``torch.nn.Module``, so a model that contains it neither trains nor saves it."""
 
     def __init__(self, model: Any, processor: TeacherProcessor, info: TeacherInfo) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -130,7 +130,7 @@ class VisionTeacher:
         self.device: torch.device = model.device
         #: The length D of a feature.
         self.dim: int = getattr(info.config, "hidden_size", None) or info.config.hidden_sizes[-1]
-        # copied once, because the CPU would wait for a copy in each step
+        # copied once, because a copy in each step would make the CPU wait
         self._mean, self._std = processor.mean.to(self.device), processor.std.to(self.device)
 
     @staticmethod
@@ -141,7 +141,7 @@ class VisionTeacher:
         value = str(name_or_path)
         folder = teacher_folder(value, weights=False)
         settings = read_json(folder / CONFIG_FILE)
-        # A config that timm wrote names no type, and contains the settings of the image processor.
+        # A config written by timm names no type, but contains the settings of the image processor.
         model_type = settings.get("model_type", TIMM if "pretrained_cfg" in settings else None)
         if model_type not in FAMILIES:
             problem = f"{value} has model_type {model_type!r}"
@@ -223,11 +223,11 @@ class VisionTeacher:
 
 
 def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily:
-    """Runs a timm model without weights, and adds the sizes that the config lacks to it."""
+    """Runs a timm model without weights and adds the missing sizes to its config."""
     from transformers import TimmWrapperModel
 
     config.do_pooling = True
-    # timm stores all arguments; transformers gives it the number of classes a second time
+    # timm stores all arguments, but transformers passes the number of classes itself
     config.model_args = {key: value for key, value in (config.model_args or {}).items() if key != "num_classes"}
     try:
         with torch.device("meta"), torch.no_grad():
@@ -249,7 +249,7 @@ def _timm_family(family: TeacherFamily, config: Any, name: str) -> TeacherFamily
 
 
 def normalization(image_processor: Any) -> tuple[Tensor, Tensor]:
-    """Returns the mean and standard deviation, ``[3, 1, 1]``, with which a processor normalizes pixels in [0, 1]."""
+    """Returns the mean and standard deviation, ``[3, 1, 1]``, that a processor uses for pixels in [0, 1]."""
     mean, std = [0.0] * 3, [1.0] * 3
     if data := getattr(image_processor, "data_config", None):  # the processor of a timm model
         mean, std = data["mean"], data["std"]

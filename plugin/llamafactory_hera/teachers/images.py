@@ -33,7 +33,7 @@ def sample_images(row: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def images_by(images_of: Callable[[Any], list[ImageLike]], row: Any) -> list[ImageLike]:
-    """Returns the images that a user's function finds in a row; raises ``ValueError`` if it returns no list."""
+    """Returns the images that a user's function finds in a row; raises ``ValueError`` if it does not return a list."""
     images = images_of(row)
     if not isinstance(images, list | tuple):
         raise ValueError(f"images_of returned {type(images).__name__}; return a list of images, [] if there are none.")
@@ -62,9 +62,9 @@ def undecoded(
 ) -> tuple[Any, Callable[[dict[str, Any]], dict[str, Any]] | None]:
     """Returns a view of a ``datasets`` dataset that does not decode media, and a function that decodes a row.
 
-    Rows of the view contain encoded image files. `image_key` needs only these, so each image is decoded only once. A
-    dataset without media, with a format or transform, or of another library is returned unchanged, with None. So is
-    every dataset if ``images_of`` is a user's function, which may need decoded images.
+    Rows of the view contain encoded image files. `image_key` needs only these files, so each image is decoded only
+    once. A dataset without media, with a format or transform, or from another library is returned unchanged, with
+    None. So is every dataset if ``images_of`` is a user's function, which may need decoded images.
     """
     features = getattr(dataset, "features", None)
     if images_of is not sample_images or not hasattr(features, "decode_example"):
@@ -92,7 +92,7 @@ def chosen_image(count: int, index: int) -> int:
 def load_image(image: ImageLike) -> Image.Image:
     """Decodes an image to RGB; it may be a path, a data URI, encoded bytes, ``{"path", "bytes"}`` or a PIL image.
 
-    Orientation tags are ignored, as they are by the loaders of the model's images. Raises ``ValueError`` if the file
+    Ignores orientation tags, as the loaders of the model's images do. Raises ``ValueError`` if the file
     is missing, corrupt or not an image.
     """
     opened = image if isinstance(image, Image.Image) else BytesIO(_encoded(image))
@@ -152,7 +152,7 @@ def _encoded(image: ImageLike) -> bytes:
         kind = type(image).__name__
         raise ValueError(f"An image has the type {kind}; give a path, bytes, a dict with either, or a PIL image.")
     if str(image).startswith(("http://", "https://")):
-        raise ValueError(f"The image {image!r} is a URL, and each step would fetch it; download it and give its path.")
+        raise ValueError(f"The image {image!r} is a URL, which each step would fetch; download it and give its path.")
     try:
         if str(image).startswith("data:"):
             return b64decode(str(image).partition(",")[2], validate=True)
