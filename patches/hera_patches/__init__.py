@@ -1,8 +1,8 @@
-"""Changes to LLaMA-Factory (the host) in memory; its files on disk stay as they are.
+"""Changes to LLaMA-Factory (the host) in memory; its files on disk stay unchanged.
 
 ``llamafactory_hera_patches.pth`` runs at every start of Python, and adds a small import hook, which calls
 :func:`install` as soon as a program imports the host. From Python 3.15 on, ``llamafactory_hera_patches.start`` calls
-it directly. :func:`install` adds :class:`PatchFinder`, which changes each module of the host right after its import.
+the function directly. It adds :class:`PatchFinder`, which changes each module of the host right after its import.
 """
 
 import os
@@ -44,7 +44,7 @@ class PatchFinder:
 
 
 def patches() -> "dict[str, Patch]":
-    """Returns all patches by the module of the host that they change."""
+    """Returns the patches, keyed by the module of the host that each patch changes."""
     from . import registry, training, web_ui  # noqa: F401  (the last two register their patches)
 
     return registry.PATCHES

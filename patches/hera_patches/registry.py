@@ -1,4 +1,4 @@
-"""The list of patches, the check that each one fits the installed host, and the state of each in this process."""
+"""The list of patches, the check that each patch fits the installed host, and each patch's state in this process."""
 
 import inspect
 import sys
@@ -9,12 +9,12 @@ from operator import attrgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
-#: Whether the package is installed that the patches connect with the host; they do nothing without it.
+#: Whether llamafactory-hera is installed; the patches do nothing without it.
 _USABLE = find_spec("llamafactory_hera") is not None
 if not _USABLE:
     print(
-        "llamafactory-hera-patches is installed without llamafactory-hera, so `stage: hera` is missing. Install the "
-        "latter, or run `pip uninstall llamafactory-hera-patches`.",
+        "llamafactory-hera-patches is installed without llamafactory-hera, so `stage: hera` is missing. Install "
+        "llamafactory-hera, or run `pip uninstall llamafactory-hera-patches`.",
         file=sys.stderr,
     )
 
@@ -30,7 +30,7 @@ class Patch(NamedTuple):
     used: dict[str, str]  #: Dotted names of functions -> names that their code must use.
 
 
-#: All patches by the module of the host that they change.
+#: The patches, keyed by the module of the host that each patch changes.
 PATCHES: dict[str, Patch] = {}
 #: Name of each patch whose module was imported -> the reason why it does not fit, or None if it was applied.
 MISFITS: dict[str, str | None] = {}
@@ -101,6 +101,6 @@ def require() -> None:
     training = [patch.name for patch in PATCHES.values() if patch.for_training]
     if reasons := [f"{name} ({MISFITS[name]})" for name in training if MISFITS.get(name)]:
         raise ValueError(
-            f"stage: this LLaMA-Factory does not fit: {'; '.join(reasons)}. Install {TESTED_HOST} "
+            f"stage: patches do not fit this LLaMA-Factory: {'; '.join(reasons)}. Install version {TESTED_HOST} "
             f"({PINNED_INSTALL}), or run `llamafactory-hera doctor`."
         )

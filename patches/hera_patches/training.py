@@ -1,4 +1,4 @@
-"""The changes that a run of the plugin's stages needs. Imports of the plugin wait until a patch is applied."""
+"""The changes that a run of the plugin's stages needs. Each patch imports the plugin only when it is applied."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ def finetuning_args(module: Any) -> None:
     used={"run_sft": "get_dataset CustomSeq2SeqTrainer plot_loss create_modelcard_and_push"},
 )
 def sft_workflow(module: Any) -> None:
-    """Runs SFT with the trainer of the plugin's stage, if any; every other run calls the original function."""
+    """Runs SFT with the trainer of the plugin's stage; runs of other stages call the original function."""
 
     @around(module)
     def run_sft(host, model_args, data_args, training_args, finetuning_args, generating_args, callbacks=None):
@@ -57,7 +57,7 @@ def sft_workflow(module: Any) -> None:
     used={"_training_function": "get_train_args", "run_exp": "_training_function"},
 )
 def tuner(module: Any) -> None:
-    """Stops a HeRA run that trained without HeRA, and prints refusals as one line.
+    """Raises an error if a HeRA run trained without HeRA, and prints refusals as one line.
 
     The host chooses a workflow by arguments and environment variables, and each release adds more. The patch therefore
     checks that the HeRA workflow starts before the host reads data (:func:`data_loader`), or before the host ends.
@@ -155,13 +155,13 @@ def _check_arrived(what: str) -> None:
     stage, _pending = _pending, None  # a process may train again after the error
     if stage is not None:
         raise ValueError(
-            f"stage: {stage}: LLaMA-Factory {what} without it, in the workflow of another backend. Remove the setting "
-            "that chose it (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
+            f"stage: {stage}: LLaMA-Factory {what} without it, in another backend's workflow. Remove the backend's "
+            "setting (such as use_hyper_parallel: true, USE_MCA=1 or USE_MEGATRON_BRIDGE=1), or use stage: sft."
         )
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Returns whether a ``raise`` statement of the plugin raised an error; other errors keep their traceback."""
+    """Returns whether a ``raise`` statement of the plugin raised the error; other errors keep their traceback."""
     last: Any = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next

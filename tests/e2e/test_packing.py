@@ -210,14 +210,14 @@ def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, 
 def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host):
     lacking = host.rows[True].remove_columns("packing_params")
     get_checked = checked_dataset(lambda *args, **kwargs: {"train_dataset": lacking})
-    with pytest.raises(ValueError, match=r"^neat_packing: True needs the column packing_params, .* tokenize them"):
+    with pytest.raises(ValueError, match=r"^neat_packing: True needs the packing_params column, .* tokenize the data"):
         get_checked(host.template, None, host.data, **host.tokens)
 
 
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
-        ("qwen3_5", "L0 of qwen3_5_text ignore the borders .* flash_attn: fa2.; remove the key"),
+        ("qwen3_5", "L0 of qwen3_5_text ignore the boundaries .* flash_attn: fa2.; remove the key"),
         ("gemma4", "the loss of gemma4_text cannot read the attention mask of packed rows; remove the key"),
     ],
 )

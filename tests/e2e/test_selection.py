@@ -45,9 +45,9 @@ def test_the_command_writes_heads_recipe_and_picture_and_the_recipe_trains(train
     assert Targets.load(run.folder / "hera/heads.json") == heads  # with their scores
     other = train({"hera_heads": str(folder / "heads.json"), "model_name_or_path": str(run.folder)}, ok=False)
     assert "model was hera_demo/model (fingerprint" in other.error
-    with pytest.raises(ValueError, match=r"^output_dir: .* holds a run that has trained .*, or --force to"):
+    with pytest.raises(ValueError, match=r"^output_dir: .* contains a run that trained .*, or replace .* --force"):
         select(path, ["hera_select=top"])
-    with pytest.raises(ValueError, match=r"^--output: .* holds a run that has trained .*; give another"):
+    with pytest.raises(ValueError, match=r"^--output: .* contains a run that trained .*; give another"):
         score_checkpoint(None, path, folder / "heads.json")
     with pytest.raises(ValueError, match=r"yaml exists and is not a file that this command writes"):
         score_checkpoint(None, path, path)

@@ -123,7 +123,7 @@ REFUSED = {
 }
 WORDS = {
     "hera_head": ("L1H0", "hera_head: no such key; did you mean hera_heads"),
-    "processor_type": (None, "processor_type: it is not set.* write AutoProcessor"),
+    "processor_type": (None, "processor_type: it is not set.* set it to AutoProcessor"),
     "train_on_inputs": (True, "train_on_inputs: true labels the prompt.* remove"),
 }
 
@@ -140,7 +140,7 @@ def test_bad_settings_are_refused_before_anything_is_loaded(keys, key):
 def test_another_plugins_trainer_is_refused_before_the_model_is_loaded(keys, order):
     plugins = ["axolotl.integrations.kd.KDPlugin", PLUGIN][::order]
     cfg = load_cfg(DictDefault(keys | {"plugins": plugins, "kd_trainer": True}))
-    with pytest.raises(ValueError, match=r"plugins: axolotl.*KDPlugin supplies a trainer, too, .* remove axolotl"):
+    with pytest.raises(ValueError, match=r"plugins: axolotl.*KDPlugin also supplies a trainer, .* remove axolotl"):
         PluginManager.get_instance().pre_model_load(cfg)
 
 
@@ -152,7 +152,7 @@ def test_labels_that_cover_the_prompt_are_refused_for_answer_pooling(keys):
     ]
     trainer, hera = HeraPlugin().get_trainer_cls(load_cfg(DictDefault(keys))), HeraConfig(heads="L1H0")
     for collator in collators:
-        words = r"hera_pooling: answer .* write role_boundaries"
+        words = r"hera_pooling: answer .* set role_boundaries"
         with nullcontext() if collator is collators[0] else pytest.raises(ValueError, match=words):
             trainer.check_collator(SimpleNamespace(data_collator=collator), hera)
 

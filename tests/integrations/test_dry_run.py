@@ -23,9 +23,9 @@ def doctor(here: Path, capsys: pytest.CaptureFixture) -> Doctor:
 
 #: Changes of the recipe -> the start of a line that doctor then prints.
 CASES = {
-    "hera_memory=auto --processes 2": "ok  batch     32 samples at once, neighbors: 10 of 40 candidates",
-    "hera_memory=0 per_device_train_batch_size=3": "ok  batch     3 samples at once, neighbors: 1 of 2 candidates",
-    "hera_memory=0 neat_packing=true": "ok  batch     16 packed rows at once, neighbors: 7 of 15 candidates (",
+    "hera_memory=auto --processes 2": "ok  batch     32 samples compared at once, neighbors: 10 of 40 candidates",
+    "hera_memory=0 per_device_train_batch_size=3": "ok  batch     3 samples compared at once, neighbors: 1 of 2 ",
+    "hera_memory=0 neat_packing=true": "ok  batch     16 packed rows compared at once, neighbors: 7 of 15 candidates",
     "dataset=hera_demo_text": "problem: dataset: hera_demo_text has no images",
     "hera_wieght=1": "problem: hera_wieght: no such key; did you mean hera_weight?",
     "stage=sft": "problem: stage: sft trains without HeRA; doctor checks only stage: hera.",
@@ -46,12 +46,12 @@ def test_doctor_accepts_the_recipe_of_the_demo(doctor):
     status, printed = doctor()
     assert status == 0
     for expected in (
-        "ok  batch     16 samples at once, neighbors: 10 of 143 candidates (15 of the batch, 128 remembered)",
-        "ok  heads     auto selects 5, llava has 5 layers of up to 8 heads",
+        "ok  batch     16 samples compared at once, neighbors: 10 of 143 candidates (15 of the batch, 128 remembered)",
+        "ok  heads     auto selects 5; llava has 5 layers with up to 8 heads each",
         "ok  template  llava_qwen3 writes an image as <image>",
         "ok  teacher   hera_demo/teacher in hera_demo/teacher",
-        "ok  images    opened the first 8 of hera_demo",
-        "ok  memory    computed: ",
+        "ok  images    opened the first 8 images of hera_demo",
+        "ok  memory    estimated: ",
     ):
         assert any(line.startswith(expected) for line in printed), printed
 
@@ -73,7 +73,7 @@ def test_doctor_reads_only_the_start_of_a_large_file(doctor, here, tmp_path):
     write_dataset(tmp_path, [], columns={"images": "images"})
     (tmp_path / "rows.json").write_text("\n".join([json.dumps(row)] * 4))
     status, printed = doctor("dataset=rows", f"dataset_dir={tmp_path}")
-    assert (status, "ok  images    opened the first 3 of rows" in printed) == (0, True), printed
+    assert (status, "ok  images    opened the first 3 images of rows" in printed) == (0, True), printed
 
 
 @pytest.mark.parametrize(

@@ -67,14 +67,14 @@ def test_the_users_log_level_is_kept(capsys):
 
 
 OF_4 = "(means of the first and the last 2 of 4 log lines; noise"
-TRY = "by more than its noise. Train longer, or try hera_weight: 0.1 (docs/method.md#which-weight)."
+TRY = "by more than the noise. Train longer, or try hera_weight: 0.1 (docs/method.md#which-weight)."
 RAISE = (
-    "It did not rise by more than its noise. Train longer, or raise the learning rate (the term is 50% of the loss, "
+    "It did not rise by more than the noise. Train longer, or raise the learning rate (the term is 50% of the loss, "
     "so hera_weight matters less) (docs/method.md#which-weight)."
 )
 FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
 UNFILLED = (
-    "the memory of 128 samples never filled in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "
+    "the memory of 128 samples did not fill up in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "
     "Train longer, use a larger batch, or lower hera_memory."
 )
 

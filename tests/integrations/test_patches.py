@@ -123,7 +123,7 @@ def test_a_patch_that_does_not_fit_says_why_and_leaves_the_host_alone(
     assert f"{patch.name!r} does not fit" in warning
     assert f"{lost} may not work" in warning
     if patch.for_training:
-        with pytest.raises(ValueError, match=f"stage: this LLaMA-Factory does not fit: {patch.name}"):
+        with pytest.raises(ValueError, match=f"stage: patches do not fit this LLaMA-Factory: {patch.name}"):
             registry.require()
     else:
         registry.require()

@@ -138,7 +138,7 @@ def test_the_best_model_is_loaded_with_its_hera_state_and_the_card_says_so(tmp_p
     trainer.train()
     assert trainer.state.best_global_step == 2
     trainer.create_model_card()
-    loaded = "The weights are those of step 2, the best one." in (tmp_path / "README.md").read_text()
+    loaded = "The weights are from the best step, 2." in (tmp_path / "README.md").read_text()
     assert loaded == (save_steps == 2)  # otherwise, that step was not saved
     if not loaded:
         return

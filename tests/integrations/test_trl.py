@@ -201,9 +201,9 @@ CASES = [
     Case("peft_config", arguments=lora),
     Case("packing", "packing: True puts several samples into one row", since="0.18", options={"packing": True}),
     Case("padding_free", "padding_free: True puts several samples", since="0.18", options={"padding_free": True}),
-    Case("messages", "averages over the tokens with a label, and TRL also labels the prompt", form="messages"),
+    Case("messages", "averages over the tokens with a label, but TRL also labels the prompt", form="messages"),
     Case("the prompt learned, too", "without completion_only_loss=False", options={"completion_only_loss": False}),
-    Case("images where TRL does not look", "TRL takes it for text", "0.18", column="picture", arguments=elsewhere),
+    Case("images where TRL does not look", "TRL treats it as text", "0.18", column="picture", arguments=elsewhere),
 ]
 
 

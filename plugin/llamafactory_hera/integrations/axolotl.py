@@ -34,10 +34,10 @@ _KEEP_IMAGES = "rows must keep their images until the collator"
 _NEEDED = {
     "remove_unused_columns": (False, _KEEP_IMAGES),
     "skip_prepare_dataset": (True, _KEEP_IMAGES),
-    "lora_o_kernel": (False, "the kernel replaces o_proj, at whose input the heads are read"),
+    "lora_o_kernel": (False, "the kernel replaces o_proj, where HeRA reads the heads"),
 }
 _UNDIVIDED = "each process needs whole samples and heads"
-# Key -> the reason why HeRA refuses it: it bypasses trainer, collator or hooks, or divides samples or heads.
+# Key -> the reason for refusing the key: it bypasses the trainer, collator or hooks, or divides samples or heads.
 _REFUSED = {
     "context_parallel": _UNDIVIDED,
     "context_parallel_size": _UNDIVIDED,
@@ -47,7 +47,7 @@ _REFUSED = {
     "sample_packing": "packed samples share a row and lose their images",
     "batch_flattening": "flattened samples share a row",
     "pretraining_dataset": "it contains only text; use datasets of chat messages with images",
-    "diffusion_lm": "axolotl trains diffusion models with a trainer of its own",
+    "diffusion_lm": "axolotl trains diffusion models with its own trainer",
     "rl": "HeRA is for supervised fine-tuning",
     "reward_model": "HeRA is for supervised fine-tuning",
     "process_reward_model": "HeRA is for supervised fine-tuning",
@@ -57,7 +57,7 @@ _REFUSED = {
 
 
 class _OrHera(AxolotlOrWarnErrorFilter):
-    """axolotl's filter drops INFO messages of other packages; this one lets HeRA's through on the first process."""
+    """A version of axolotl's filter that does not drop HeRA's INFO messages on the first process."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return (record.name.startswith("llamafactory_hera") and rank() == 0) or super().filter(record)
@@ -81,7 +81,7 @@ class HeraPlugin(BasePlugin):
             if value and value != "none" and not (why is _UNDIVIDED and value in (1, {"size": 1})):
                 raise ValueError(f"{key}: {value} does not work with HeRA ({why}); remove the key.")
         if not cfg.get("processor_type"):
-            raise ValueError("processor_type: it is not set, so axolotl trains on text only; write AutoProcessor.")
+            raise ValueError("processor_type: it is not set, so axolotl trains on text only; set it to AutoProcessor.")
         if cfg.get("activation_offloading") == "legacy":
             raise ValueError(
                 "activation_offloading: legacy does not work with HeRA (values that are read inside a layer lose "
@@ -89,8 +89,8 @@ class HeraPlugin(BasePlugin):
             )
         if cfg.get("train_on_inputs") and hera.pooling == "answer":
             raise ValueError(
-                "train_on_inputs: true labels the prompt, and hera_pooling: answer reads the tokens with a label; "
-                "remove train_on_inputs, or write hera_pooling: text."
+                "train_on_inputs: true labels the prompt, but hera_pooling: answer averages over labeled tokens; "
+                "remove train_on_inputs, or set hera_pooling: text."
             )
 
     def get_input_args(self) -> str:
@@ -98,17 +98,17 @@ class HeraPlugin(BasePlugin):
         return f"{__name__}.HeraArguments"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuses a run in which another plugin supplies a trainer, too, before the model is loaded."""
+        """Refuses a run, before the model is loaded, if another plugin also supplies a trainer."""
         for name, plugin in PluginManager.get_instance().plugins.items():
             trainer = plugin.get_trainer_cls(cfg)
             if trainer is not None and not issubclass(trainer, HeraTrainerMixin):
-                raise ValueError(f"plugins: {name} supplies a trainer, too, and axolotl uses only one; remove {name}.")
+                raise ValueError(f"plugins: {name} also supplies a trainer, but axolotl uses only one; remove {name}.")
         if cfg.role_boundaries:
             # axolotl 0.19 mistakes its own dictionary class, which has every attribute, for a pydantic model.
             cfg["role_boundaries"] = [dict(boundary) for boundary in cfg.role_boundaries]
 
     def get_trainer_cls(self, cfg: Any) -> type:
-        """Creates a subclass of axolotl's trainer with HeRA and the keys of this file."""
+        """Creates a subclass of axolotl's trainer with HeRA and the keys in the YAML file."""
         # Imported here, because the import makes axolotl compose its training arguments from all plugins.
         from axolotl.core.trainers import AxolotlTrainer
 
@@ -117,7 +117,7 @@ class HeraPlugin(BasePlugin):
         images_of = partial(_images_of, tuple(filter(None, columns)))
 
         class AxolotlHeraTrainer(HeraTrainerMixin, AxolotlTrainer):
-            """Accepts the arguments of axolotl's builder, which does not pass the keys."""
+            """axolotl's trainer with HeRA; the keys are bound here, because axolotl's builder does not pass them."""
 
             in_words = str
 
@@ -128,15 +128,15 @@ class HeraPlugin(BasePlugin):
                 strategy = self.data_collator.processing_strategy
                 if hera.pooling == "answer" and not strategy.role_boundaries:
                     raise ValueError(
-                        f"hera_pooling: answer reads labeled tokens, and {type(strategy).__name__} labels the "
-                        "prompt; write role_boundaries with the markers of the chat template, or hera_pooling: text."
+                        f"hera_pooling: answer averages over labeled tokens, but {type(strategy).__name__} labels the "
+                        "prompt; set role_boundaries to the chat template's markers, or set hera_pooling: text."
                     )
 
         return AxolotlHeraTrainer
 
 
 def _images_of(columns: tuple[str, ...], row: Mapping[str, Any]) -> list[ImageLike]:
-    """Lists the images that axolotl passes to the model: the first one of a column, or else all in the messages."""
+    """Lists the images that axolotl passes to the model: the first of a column, or else all images in the messages."""
     if row.get("images") or row.get("image"):
         return sample_images(row)[:1]
     messages = next((row[name] for name in (*columns, "messages") if row.get(name)), None)

@@ -1,7 +1,7 @@
 """HeRA in LLaMA-Factory's v1 engine (``USE_V1=1`` on its main branch).
 
 ``torchrun -m llamafactory_hera.integrations.llamafactory_v1 recipe.yaml [key=value ...]`` trains with a recipe of that
-engine to which ``hera_*`` keys are added. It needs no change to the engine.
+engine plus ``hera_*`` keys. The engine needs no change.
 """
 
 import json
@@ -29,7 +29,7 @@ _IMAGES = "extra_info"  # the only field (a string) that the engine copies from 
 
 
 class HeraV1Trainer(SFTTrainer):
-    """The engine's SFT trainer with HeRA; accepts the ``hera_*`` keys and the arguments of that trainer."""
+    """The engine's SFT trainer with HeRA; accepts the ``hera_*`` keys and the arguments of the engine's trainer."""
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
@@ -51,7 +51,7 @@ class HeraV1Trainer(SFTTrainer):
         self.aligner.watch.statistics.add(lm_loss=loss.detach())
         term = self.aligner.loss(prepared).to(loss)
         # The engine weights the sum by the labeled tokens of the micro-batch. This is right for the LM loss, but the
-        # term is a mean over micro-batches: the hook gives each of them the same share of the term's gradient.
+        # term is a mean over micro-batches, so the hook gives each micro-batch the same share of the term's gradient.
         share = 1 / self.train_batch_generator.num_micro_batch
         term.register_hook(lambda gradient: torch.full_like(gradient, share))
         return loss + term
@@ -73,7 +73,7 @@ class _Renderer(Renderer):
             parts = [part for message in sample["messages"] for part in message["content"]]
             images = [part["value"] for part in parts if part["type"] == "image_url"]
             if not all(isinstance(image, str) for image in images):
-                raise ValueError("image_url: HeRA with the v1 engine reads images from files; write their paths.")
+                raise ValueError("image_url: in the v1 engine, HeRA reads images only from files; give their paths.")
             rows += super().process_samples([{**sample, _IMAGES: json.dumps(images)}])
         return rows
 
@@ -100,11 +100,11 @@ def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
     strategy, resumed = args.batching_strategy, args.resume_from_checkpoint
     checks = (
-        ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the loss of the trainer"),
+        ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the trainer's loss"),
         ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` supports images"),
-        ("dist_config.name", engine, engine not in (None, "fsdp2"), "use DDP or fsdp2"),
+        ("dist_config.name", engine, engine not in (None, "fsdp2"), "only DDP and fsdp2 are supported"),
         ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints contain no HeRA state"),
-        ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "heads are not selected here"),
+        ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "it selects no heads"),
         ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine runs only one forward pass"),
     )
     for key, value, refused, why in checks:
@@ -115,7 +115,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
 
 
 def run(keys: dict[str, Any]) -> None:
-    """Trains with a recipe of the engine to which ``hera_*`` keys are added."""
+    """Trains with a recipe of the engine plus ``hera_*`` keys."""
     hera = HeraConfig.from_keys({key: value for key, value in keys.items() if key.startswith(HeraConfig.PREFIX)})
     host = {key: value for key, value in keys.items() if not key.startswith(HeraConfig.PREFIX)}
     model_args, data_args, args, _ = get_args(host)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llamafactory_hera")
 
-# The term's share of the loss above which a higher weight changes little.
+# If the term's share of the loss exceeds this, a higher weight changes little.
 _LARGE_SHARE = 0.4
 
 
@@ -32,8 +32,8 @@ def show_messages(host: logging.Logger | None = None) -> None:
     """Makes messages of level INFO and above visible, unless the user has chosen a different level.
 
     Args:
-        host: A host's logger. Messages then share its level and its handlers. Without one, messages are printed unless
-            the program has set up a handler that receives them.
+        host: A host's logger, whose level and handlers the messages then share. Without a host's logger, messages are
+            printed unless the program has set up a handler that receives them.
     """
     if host is not None:
         logger.parent = host
@@ -49,7 +49,7 @@ def show_messages(host: logging.Logger | None = None) -> None:
 
 
 def log_share(values: dict[str, float], weight: float) -> None:
-    """Logs the weighted term's share of the loss in a log line; logs nothing if the share is unknown or 0."""
+    """Logs the weighted term's share of a log line's loss, or nothing if the share is unknown or 0."""
     term = weight * values.get("hera_loss", 0.0)
     total = values.get("lm_loss", 0.0) + term
     if rank() == 0 and 0 < term <= total:
@@ -58,10 +58,10 @@ def log_share(values: dict[str, float], weight: float) -> None:
 
 
 def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps: int) -> None:
-    """Logs at the end of a run whether MKNN rose. If the run did not measure MKNN, logs whether the loss fell.
+    """Logs at the end of a run whether MKNN rose or, if the run did not measure it, whether the alignment loss fell.
 
     The change is the difference between the means of the first and of the last log lines (at most five each). The
-    noise is two standard errors of the differences of consecutive lines, so a slow trend hardly adds to it.
+    noise is two standard errors of the differences between consecutive lines, so a slow trend hardly adds to it.
     """
     if rank() > 0:
         return
@@ -88,12 +88,12 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
             if share > _LARGE_SHARE:
                 remedy = f"raise the learning rate (the term is {share:.0%} of the loss, so hera_weight matters less)"
             text += (
-                f" It did not {'rise' if sign > 0 else 'fall'} by more than its noise. Train longer, or {remedy} "
+                f" It did not {'rise' if sign > 0 else 'fall'} by more than the noise. Train longer, or {remedy} "
                 "(docs/method.md#which-weight)."
             )
     elif n_held < (memory.size or 0):
         text = (
-            f"the memory of {memory.size} samples never filled in {n_steps} steps ({n_held} entered), so hera_loss "
+            f"the memory of {memory.size} samples did not fill up in {n_steps} steps ({n_held} entered), so hera_loss "
             "and hera_mknn were not logged. Train longer, use a larger batch, or lower hera_memory."
         )
     else:
@@ -103,7 +103,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
 
 @contextmanager
 def translated(translate: Callable[[str], str]) -> Iterator[None]:
-    """Changes the messages of errors and the package's log messages."""
+    """Applies ``translate`` to the messages of errors and to the package's log messages."""
 
     def change(record: logging.LogRecord) -> bool:
         record.msg, record.args = translate(record.getMessage()), ()
@@ -113,7 +113,7 @@ def translated(translate: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if error.args == (str(error),):  # not an error such as UnicodeDecodeError
+        if error.args == (str(error),):  # skips errors such as UnicodeDecodeError
             error.args = (translate(str(error)),)
         raise
     finally:
@@ -121,13 +121,13 @@ def translated(translate: Callable[[str], str]) -> Iterator[None]:
 
 
 def in_python(message: str) -> str:
-    """Writes keys as arguments of ``HeraConfig``, for instance ``hera_pooling: text`` as ``pooling='text'``."""
+    """Rewrites keys as arguments of ``HeraConfig``, such as ``hera_pooling: text`` as ``pooling='text'``."""
 
     def argument(match: re.Match[str]) -> str:
         declared = HeraConfig.knobs().get(match[1])
         if declared is None:
             return match[0]
-        with suppress(ValueError):  # the match may be only the first word of a text
+        with suppress(ValueError):  # match[2] may be a word of the sentence, not a value
             if match[2] and declared.type not in (str, str | None):
                 return f"{declared.name}={typed(match[1], match[2], declared.type)!r}"
         return declared.name + match[0].removeprefix(match[1])
@@ -136,7 +136,7 @@ def in_python(message: str) -> str:
 
 
 def compared_at_once(aligner: "Aligner", training_args: Any) -> int:
-    """Returns the number of samples (or packed rows) that one step compares, over all processes."""
+    """Returns the number of samples (or packed rows) that one step compares across all processes."""
     steps = training_args.gradient_accumulation_steps if aligner.config.gradcache else 1
     return (aligner.batch_size or training_args.per_device_train_batch_size) * world_size() * steps
 
@@ -147,24 +147,24 @@ def neighbors_taken(k: int, n_compared: int, remembered: int) -> int:
 
 
 def describe_candidates(k: int, n_compared: int, remembered: int, packed: bool = False) -> str:
-    """Describes the neighbors and candidates of a sample among the samples that are compared at once."""
+    """Describes how many neighbors and candidates each sample has if ``n_compared`` samples are compared at once."""
     candidates, taken = n_compared - 1 + remembered, neighbors_taken(k, n_compared, remembered)
     counted = f"{taken} of {candidates} candidates ({n_compared - 1} of the batch, {remembered} remembered)"
-    counted += ", or more, if packed rows hold several samples" * packed
+    counted += ", or more if packed rows contain several samples" * packed
     return counted + f"; hera_k: {k} needs {2 * k} candidates" * (taken < k)
 
 
 def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any, state: Any) -> None:
     """Logs the setup of a run on the first process: heads or layers, teacher, objective, batch and candidates.
 
-    A run that resumes its last checkpoint has nothing to train, and gets a warning instead.
+    If the resumed checkpoint already has all steps of the run, logs only a warning.
     """
     if rank() > 0:
         return
     if 0 < state.max_steps <= state.global_step:
         logger.warning(
-            f"HeRA | the resumed checkpoint has all {state.max_steps} steps of the run, so nothing is trained. Raise "
-            "the number of epochs or steps, or start in another folder."
+            f"HeRA | the resumed checkpoint already has all {state.max_steps} steps of the run, so nothing is trained."
+            " Raise the number of epochs or steps, or start in another folder."
         )
         return
     config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type

@@ -1,4 +1,4 @@
-"""A method that adds a term to the loss of transformers' Trainer: the protocol, and the mixin that drives it."""
+"""A protocol for methods that add a term to the loss of transformers' Trainer, and a mixin that runs such a method."""
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +13,7 @@ from ..files import locked
 from ..training.checkpoint import load_renamed_weights
 from ..training.watch import RunningMeans
 
-# For a type checker the mixin is a Trainer. At run time it goes in front of any class that is one.
+# For a type checker, the mixin is a Trainer. At run time, it goes in front of any Trainer class.
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -24,7 +24,7 @@ class Method(Protocol):
     """The state and the steps of a method during one run, independent of any trainer."""
 
     def prepare(self, batch: dict[str, Any]) -> Any:
-        """Takes the method's inputs out of a batch before the forward pass; returns None for a batch without them."""
+        """Removes the method's inputs from a batch before the forward pass; returns None if the batch has none."""
 
     def loss(self, prepared: Any) -> Tensor:
         """Computes the weighted term of the latest forward pass."""
@@ -39,22 +39,22 @@ class Method(Protocol):
         """Returns the statistics since the last call."""
 
     def save(self, folder: str) -> None:
-        """Writes the state into a folder. :meth:`check` refuses the state of another run; :meth:`load` restores it."""
+        """Writes the state into a folder. :meth:`load` restores it; :meth:`check` refuses the state of another run."""
 
     def check(self, folder: str) -> None: ...
 
     def load(self, folder: str) -> None: ...
 
     def close(self) -> None:
-        """Ends a finished run. After an error, :meth:`release` removes only the hooks from the model."""
+        """Ends a finished run. After an error, :meth:`release` only removes the hooks from the model."""
 
     def release(self) -> None: ...
 
 
 class MethodTrainerMixin(_Base):
-    """Adds the term of :attr:`method` to the loss of the trainer that it is put in front of."""
+    """Adds the term of :attr:`method` to the loss of the trainer class listed after the mixin."""
 
-    # The mixin touches private names of transformers' Trainer, seen in 5.5.4. It overrides `_save_checkpoint`,
+    # The mixin relies on private names of transformers' Trainer, as of 5.5.4. It overrides `_save_checkpoint`,
     # `_load_from_checkpoint`, `_load_best_model` and `_load_optimizer_and_scheduler`. It uses `_get_output_dir` and
     # `_get_learning_rate`. tests/test_private_names.py lists the private names that other modules use.
 
@@ -70,11 +70,11 @@ class MethodTrainerMixin(_Base):
         self._lock = ExitStack()
         self._compute_loss_called = False
         self._lm_losses = RunningMeans()
-        self._engine_scale: float | None = None  # DeepSpeed's; accelerate then has no scaler
+        self._engine_scale: float | None = None  # DeepSpeed's loss scale; accelerate then has no scaler
         self.add_callback(_MethodCallback(self))
 
     def on_start(self) -> None:
-        """Runs at the beginning of each training, and after an attempt that ran out of memory."""
+        """Runs when training starts, and when it restarts after running out of memory."""
 
     def on_end(self) -> None:
         """Runs after the last step."""
@@ -126,7 +126,7 @@ class MethodTrainerMixin(_Base):
         loss, *outputs = result if return_outputs else (result,)
         term, lm_loss = self.method.loss(prepared), loss.detach()
         if not self._divides_by_steps(num_items_in_batch):
-            # The LM loss is already this micro-batch's share of the step's loss, so the term must become its share.
+            # The LM loss is already this micro-batch's share of the step's loss, so the term must become a share, too.
             term = term / self.current_gradient_accumulation_steps
             lm_loss = lm_loss * self.current_gradient_accumulation_steps
         self._lm_losses.add(lm_loss=lm_loss)
@@ -140,7 +140,7 @@ class MethodTrainerMixin(_Base):
     def _divides_by_steps(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Returns whether ``training_step`` will divide the loss by the number of accumulated micro-batches.
 
-        The answer may change after the constructor, because trainers set ``model_accepts_loss_kwargs`` later.
+        The answer may change after construction, because trainers set ``model_accepts_loss_kwargs`` later.
         """
         scaled = getattr(self, "loss_is_scaled_for_ga", None)  # an attribute of newer releases
         if scaled is not None:
@@ -149,7 +149,7 @@ class MethodTrainerMixin(_Base):
         return not counts_items and self.compute_loss_func is None
 
     def loss_scale(self) -> float | Tensor:
-        """Returns the loss scale of mixed precision, a factor that the gradients contain."""
+        """Returns the loss scale of mixed precision, which is a factor of the gradients."""
         if self._engine_scale is not None:
             return self._engine_scale
         scaler = self.accelerator.scaler
@@ -170,7 +170,7 @@ class MethodTrainerMixin(_Base):
         """Runs before a line with the training loss is logged."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
-        # The method's state comes first, so every checkpoint with weights contains it.
+        # The method's state is saved first, so every checkpoint with weights contains it.
         if self.args.should_save:
             folder = f"{self._get_output_dir(trial=trial)}/{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.method.save(folder)
@@ -197,7 +197,7 @@ class MethodTrainerMixin(_Base):
 
 
 class _MethodCallback(TrainerCallback):
-    """Locks the run's folder, steps the method with the optimizer, and saves its final state."""
+    """Locks the run's folder, steps the method with the optimizer, and saves the method's final state."""
 
     def __init__(self, trainer: MethodTrainerMixin) -> None:
         self._trainer = trainer

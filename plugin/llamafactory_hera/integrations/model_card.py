@@ -1,4 +1,4 @@
-"""The model card of a finished run: tags, a section on the alignment, and the same content as ``hera/card.json``."""
+"""The model card of a finished run: tags, and a section on the alignment, also stored as ``hera/card.json``."""
 
 import re
 from contextlib import suppress
@@ -66,7 +66,7 @@ def _values(scores: Comparison) -> dict[str, Any]:
 
 
 def _with_section(folder: Path, content: dict[str, Any]) -> ModelCard:
-    """Writes ``hera/card.json``, and returns the card of ``README.md`` with a section that replaces an earlier one."""
+    """Writes ``hera/card.json``, and returns the card in ``README.md`` with the section added or replaced."""
     write_json(folder / RUN_FOLDER / CARD, content)
     page = folder / _PAGE
     text = page.read_text(encoding="utf-8") if page.is_file() else "---\n{}\n---\n"
@@ -77,7 +77,7 @@ def _with_section(folder: Path, content: dict[str, Any]) -> ModelCard:
 
 
 def _content(trainer: Any) -> dict[str, Any]:
-    """Collects the aligned heads or layers, the teacher, the settings and the logged values; omits unknown ones."""
+    """Collects the aligned heads or layers, the teacher, the settings and the logged values, if known."""
     aligner, state, best = trainer.aligner, trainer.state, trainer.best_step
     config, targets, architecture = aligner.config, aligner.targets, model_config(trainer.model)
     multimodal = architecture.get_text_config() is not architecture
@@ -134,7 +134,7 @@ def _section(content: dict[str, Any]) -> str:
         f"(objective {content['objective']}, weight {content['weight']})."
     )
     if "weights_of_step" in content:
-        aligned += f" The weights are those of step {content['weights_of_step']}, the best one."
+        aligned += f" The weights are from the best step, {content['weights_of_step']}."
     parts = ["## Alignment with a vision encoder", aligned]
     if log := content["log"]:
         rows = [["measured in training", "first logged", "last logged"]]
@@ -143,8 +143,8 @@ def _section(content: dict[str, Any]) -> str:
                 rows.append([title, f"{values[0]:.4g}", f"{values[-1]:.4g}"])
         parts.append(markdown_table(rows))
     if "memory" in content:
-        remembered = f" and with up to {content['memory']} remembered ones" if content["memory"] else ""
-        parts.append(f"MKNN in training compares a sample with those of its batch{remembered}.")
+        remembered = f" and with up to {content['memory']} remembered samples" if content["memory"] else ""
+        parts.append(f"During training, MKNN compares each sample with the others in its batch{remembered}.")
     if scores := content.get("scores"):
         rows = [["MKNN with the teacher", *scores["names"]]]
         rows += [[name, *(f"{value:.4f}" for value in mknn)] for name, mknn in scores["mknn"].items()]

@@ -1,6 +1,6 @@
-"""HeRA in ms-swift's ``swift sft`` and ``swift pt``: a plugin that reads ``HERA_*`` variables of the environment.
+"""HeRA in ms-swift's ``swift sft`` and ``swift pt``: a plugin that reads ``HERA_*`` environment variables.
 
-``external_plugins`` names a file with the line ``import llamafactory_hera.integrations.ms_swift``, or this file. The
+``external_plugins`` names this file, or a file with the line ``import llamafactory_hera.integrations.ms_swift``. The
 import registers the trainer and its arguments in ms-swift's factory, and changes nothing else.
 """
 
@@ -19,7 +19,7 @@ from swift.template import Template, TemplateInputs
 from swift.template.vision_utils import load_file
 from swift.trainers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerFactory
 
-# Absolute imports, because ms-swift loads a file given by its path outside its package.
+# Absolute imports, because ms-swift may load this file by its path, outside the package.
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.transformers import HeraTrainerMixin
 from llamafactory_hera.teachers.images import ImageLike
@@ -27,17 +27,17 @@ from llamafactory_hera.teachers.images import ImageLike
 _MODULE = "llamafactory_hera.integrations.ms_swift"
 _FILE = "HERA_CONFIG"
 _OTHERS = (_FILE, "HERA_DISABLE", "HERA_DEBUG")  # variables that are not keys
-_IMAGES = "hera_images"  # the entry of an encoded row with its images
+_IMAGES = "hera_images"  # the entry for the images in an encoded row
 
-_ONE_ROW = "it puts several samples into one row, and HeRA compares rows"
-# Argument -> whether HeRA refuses a value of it, and the reason.
+_ONE_ROW = "it puts several samples into one row, but HeRA compares rows"
+# Argument -> a function that returns whether HeRA refuses a value, and the reason for refusing it.
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "packing": (bool, _ONE_ROW),
     "padding_free": (bool, _ONE_ROW),
     "sequence_parallel_size": (lambda size: size > 1, "each process needs whole samples and heads"),
     "streaming": (bool, "a stream is encoded without its images"),
-    "truncation_strategy": (lambda name: name == "split", "it makes several rows of a sample"),
-    "tuner_backend": (lambda name: name == "unsloth", "it replaces the attention from which HeRA reads heads"),
+    "truncation_strategy": (lambda name: name == "split", "it splits a sample into several rows"),
+    "tuner_backend": (lambda name: name == "unsloth", "it replaces the attention that HeRA reads heads from"),
 }
 
 
@@ -61,7 +61,7 @@ def read_keys(environment: Mapping[str, str] = os.environ) -> HeraConfig:
 
 @dataclass
 class HeraArguments(Seq2SeqTrainingArguments):
-    """ms-swift's training arguments with checks, which run before the model is loaded.
+    """ms-swift's training arguments, checked before the model is loaded.
 
     ms-swift fills each field from its argument of the same name.
     """
@@ -82,7 +82,7 @@ class HeraArguments(Seq2SeqTrainingArguments):
 
 
 def refuse(rlhf_type: str | None = None, task_type: str | None = None) -> None:
-    """Takes the place of the training arguments of other tasks, whose trainers would ignore HeRA."""
+    """Replaces the training arguments of other tasks, because their trainers would ignore HeRA."""
     argument = f"rlhf_type: {rlhf_type}" if rlhf_type else f"task_type: {task_type}"
     raise ValueError(f"{argument} does not work with HeRA, which is for supervised fine-tuning; remove the plugin.")
 
@@ -100,7 +100,7 @@ class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):
         super().__init__(*args, hera=read_keys(), images_of=itemgetter(_IMAGES), **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, and writes the model card into the last checkpoint, which is the model; ms-swift writes no card."""
+        """Trains, and writes a model card (ms-swift writes none) into the last checkpoint, which is the model."""
         result = super().train(*args, **kwargs)
         output_dir = self.args.output_dir
         self.args.output_dir = getattr(self.state, "last_model_checkpoint", None) or output_dir
@@ -109,7 +109,7 @@ class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):
         return result
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # ms-swift cuts the labels to those of the answers (use_logits_to_keep).
+        # HeRA needs all labels, but ms-swift keeps only the labels of the answers (use_logits_to_keep).
         if "labels" in inputs and "hera_source" in inputs:
             inputs["hera_labels"] = inputs["labels"]
         inputs = super()._prepare_inputs(inputs)
@@ -129,7 +129,7 @@ def _image(image: Any) -> ImageLike:
     if isinstance(image, dict):
         image = image.get("bytes") or image["path"]
     if isinstance(image, str) and not image.startswith("http"):
-        image = load_file(image).getvalue()  # knows ROOT_IMAGE_DIR and base64
+        image = load_file(image).getvalue()  # supports ROOT_IMAGE_DIR and base64
     return image
 
 
@@ -142,7 +142,7 @@ def register() -> None:
             f"{_MODULE}.{'HeraArguments' if name == 'causal_lm' else 'refuse'}"
         )
     TrainerFactory.TRAINER_MAPPING["causal_lm"] = f"{_MODULE}.HeraSwiftTrainer"
-    # ms-swift adds a plugin's folder to the path, and this one has modules named like the hosts.
+    # ms-swift adds a plugin's folder to sys.path, but modules in this folder have the names of the hosts.
     sys.path[:] = [folder for folder in sys.path if folder != str(Path(__file__).parent)]
 
 

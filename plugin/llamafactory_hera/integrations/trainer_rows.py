@@ -35,8 +35,8 @@ def row_with_image(dataset: Any, images_of: ImagesOf) -> Any:
             return row
     raise ValueError(
         f"images_of: no image was found in the {count} rows of train_dataset ({', '.join(columns) or 'no columns'}), "
-        "and HeRA compares samples by their images. It searches the columns images and image, and the image parts of "
-        "messages, prompt and completion; pass images_of, a function from a row to a list of images."
+        "but HeRA compares samples by their images. It reads the images and image columns, and the image parts of "
+        "messages, prompt and completion; pass images_of, a function that maps a row to a list of images."
     )
 
 
@@ -61,11 +61,11 @@ def check_rows(trainer: Any, images_of: ImagesOf) -> None:
 
 
 def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets:
-    """Returns the heads or layers of a Trainer's run; ``auto`` selects them with its rows, collator and model."""
+    """Returns the heads or layers of a Trainer's run; ``auto`` selects with the run's rows, collator and model."""
     if config.select_dataset is not None:
         raise ValueError(
             f"hera_select_dataset: {config.select_dataset} works in LLaMA-Factory only, because a Trainer selects on "
-            f"its training data; remove it, or give {config.targets_key} the file of a selection on other data."
+            f"its training data; remove the key, or set {config.targets_key} to the file of a selection on other data."
         )
     model, args = trainer.model, trainer.args
     configuration = model_config(model)
@@ -73,7 +73,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
     if config.named_targets == AUTO:
         config = with_mode(config, configuration, is_frozen(model))
     weights = cache(lambda: weights_of(model))
-    rows = cache(lambda: _rows_of(trainer, images_of, config))  # once, because it reads the start of a stream
+    rows = cache(lambda: _rows_of(trainer, images_of, config))  # cached, because each call reads a stream's start
 
     def origin() -> dict[str, str]:
         dataset = "" if trainer.train_dataset is None else rows().name
@@ -97,7 +97,7 @@ def targets_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> Targets
 
 
 def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedRows:
-    """Returns the rows of a Trainer's training data, which its own collator encodes."""
+    """Returns the rows of a Trainer's training data, encoded by the trainer's own collator."""
     data, decode = undecoded(trainer.train_dataset, images_of)
     rows: Any = list(islice(data, STREAM_ROWS * config.most_samples)) if is_stream(data) else data
 
@@ -116,12 +116,12 @@ def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedR
 
 
 def autocast_dtype(training_args: Any) -> torch.dtype | None:
-    """Returns the half precision in which a run computes, or None."""
+    """Returns the half-precision type of a run's computations, or None."""
     return torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
 
 
 def teacher_dtype(training_args: Any) -> torch.dtype:
-    """Returns the type in which the teacher of a run computes, during selection and training."""
+    """Returns the type of the teacher's computations during the selection and training of a run."""
     return (None if training_args.device.type == "cpu" else autocast_dtype(training_args)) or torch.float32
 
 
@@ -132,7 +132,7 @@ def _check_whole(model: nn.Module, config: HeraConfig) -> None:
     fingerprints = gather_objects(model_fingerprint(model, head_layout(model_config(model))) if compared else None)
     if sharded or len(set(fingerprints)) > 1:
         raise ValueError(
-            f"{config.targets_key}: auto needs the complete model on every process, but this run loads it in parts "
+            f"{config.targets_key}: auto needs the complete model in every process, but this run loads it in parts "
             "(DeepSpeed ZeRO-3, or FSDP's cpu_ram_efficient_loading). First run one step without sharding "
-            f"(max_steps=1), then set {config.targets_key} to the file that this run writes to output_dir/hera."
+            f"(max_steps=1), then set {config.targets_key} to the file that the short run writes to output_dir/hera."
         )

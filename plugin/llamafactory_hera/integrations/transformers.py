@@ -27,30 +27,30 @@ from .trainer_rows import check_rows, targets_of, teacher_dtype
 
 
 class HeraTrainerMixin(MethodTrainerMixin):
-    """Adds ``hera_weight * L_HeRA`` to the loss of the trainer that it is put in front of.
+    """Adds ``hera_weight * L_HeRA`` to the loss of the trainer class listed after the mixin.
 
     Args:
-        *args: As for that trainer.
+        *args: The trainer's positional arguments.
         hera: The ``hera_*`` keys.
-        targets: The heads or layers to align. The default is those in ``hera``; ``auto`` selects them here and
-            writes them into ``output_dir/hera``, where the next run with the same settings finds them.
-        images_of: Maps a row of the training data to its images. The default reads the columns ``images`` and
-            ``image``, and the image parts of chat messages.
-        pieces_of: Maps a packed row of the training data to its samples, whose tokens must not attend to each other.
-            By default, every row is one sample.
-        **kwargs: As for that trainer.
+        targets: The heads or layers to align; by default, ``hera`` names them. If ``hera`` says ``auto``, they are
+            selected now and written into ``output_dir/hera``, where the next run with the same settings finds them.
+        images_of: Maps a row of the training data to its images. The default reads the ``images`` and ``image``
+            columns, and the image parts of chat messages.
+        pieces_of: Maps a packed row of the training data to its samples, which must not attend to each other. By
+            default, every row is one sample.
+        **kwargs: The trainer's keyword arguments.
 
     Raises:
-        ValueError: A setting, the data, the model or the teacher does not fit; the message states the value and the
+        ValueError: A setting, the data, the model or the teacher is unsuitable; the message states the value and the
             remedy.
     """
 
-    # Beside those of its base, the mixin uses these private names of transformers' Trainer, seen in 5.5.4:
+    # In addition to its base, the mixin uses these private names of transformers' Trainer, as of 5.5.4:
     # `_signature_columns`, `_set_signature_columns_if_needed` and `_prepare_inputs`.
 
     #: Hub ids of the training data, for the model card.
     hub_datasets: Sequence[str] = ()
-    #: Rewrites the keys in a message as the user writes them; hosts with a YAML file keep them, with ``str``.
+    #: Rewrites the keys in a message as the user writes them; ``str`` keeps the keys, for hosts with a YAML file.
     in_words: Callable[[str], str] = staticmethod(in_python)
     data_collator: Any
     _signature_columns: Any
@@ -65,7 +65,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
         **kwargs: Any,
     ) -> None:
         if not isinstance(hera, HeraConfig):
-            raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys makes one of hera_* keys.")
+            raise ValueError(f"hera: {hera!r} is not a HeraConfig; HeraConfig.from_keys creates one from hera_* keys.")
         super().__init__(*args, **kwargs)
         self.pieces_of = pieces_of
         show_messages()
@@ -94,7 +94,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
             return super().train(*args, **kwargs)
 
     def check_collator(self, hera: HeraConfig) -> None:
-        """Raises ``ValueError`` if a collator that the trainer created itself does not fit the settings."""
+        """Raises ``ValueError`` if a collator that the trainer created itself is unsuitable for the settings."""
 
     # -- the training data -----------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
             self._random_states.pop(0)()
 
     def _collect(self, model: nn.Module) -> None:
-        """Runs all micro-batches of a step without a graph, and computes their common term."""
+        """Runs all micro-batches of a step without a graph, and computes their joint term."""
         batches, self._to_collect = self._to_collect, []
         self._random_states = []
         self.aligner.cached.clear()  # terms of a step that failed

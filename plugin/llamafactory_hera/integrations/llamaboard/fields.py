@@ -1,7 +1,7 @@
 """HeRA's entries in the web UI: the stage, the models, the fields of the keys, and the labels in five languages.
 
 A field has the type, default and choices from the declaration of its key. Users write the other keys into the
-host's field "Extra arguments".
+host's "Extra arguments" field.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ROWS = (
     ["hera_weight", "hera_k", "hera_memory", "hera_accumulate"],
     ["hera_select", "hera_select_m", "hera_select_mode", "hera_select_samples"],
 )
-#: The declaration of each key with a field. The element of a key has the id ``train.<key>``.
+#: Each key with a field -> its declaration. The element of a key has the id ``train.<key>``.
 FIELDS: dict[str, dataclasses.Field] = {key: HeraConfig.knobs()[key] for row in ROWS for key in row}
 
 
@@ -42,7 +42,7 @@ def with_fields(args: dict[str, Any], value_of: Callable[[str], Any]) -> dict[st
 
 @cache
 def texts() -> dict[str, dict[str, dict[str, str]]]:
-    """Returns the properties of each element of the page, by language and element."""
+    """Returns the texts of the page's elements, by language, element and property."""
     return yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 
 
@@ -58,7 +58,7 @@ def labels(languages: Iterable[str]) -> dict[str, dict[str, dict[str, str]]]:
 def register_models(constants: ModuleType) -> None:
     """Adds the LLaVA-style models of the recipes to the list in the host's ``extras.constants``.
 
-    Each is listed with the folder in which its recipe builds it, under a name that ends with ``-HeRA``.
+    Each model is listed under a name that ends with ``-HeRA``, with the folder where its recipe builds the model.
     """
     for model in LANGUAGE_MODELS.values():
         path = {constants.DownloadSource.DEFAULT: f"models/{model.key}"}

@@ -14,13 +14,13 @@ _Smooth = Callable[[list[float]], list[float]]
 def loss_figure(trainer_log: list[dict[str, Any]], smooth: _Smooth) -> Figure:
     """Draws the LM loss and the HeRA loss of a run on two axes, and the MKNN with the teacher below them.
 
-    ``smooth`` is the host's function that smooths a curve. The HeRA loss begins where the memory is full.
+    ``smooth`` is the host's function that smooths a curve. The HeRA loss begins once the memory is full.
     """
     end = trainer_log[-1]["current_steps"]
     # a resumed run repeats steps, and the later line of a step replaces the earlier one
     by_step = {line["current_steps"]: line for line in trainer_log if "lm_loss" in line}
     lines = [line for step, line in sorted(by_step.items()) if step <= end]
-    measured = any("hera_mknn" in line for line in lines)  # not by some objectives, nor while the memory fills
+    measured = any("hera_mknn" in line for line in lines)  # false for some objectives, and until the memory is full
     figure = new_figure(4.6, 5.4 if measured else 3.6)  # fits a narrow column of the page
     panels = figure.subplots(1 + measured, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + measured])[:, 0]
     losses, below = panels[0], panels[-1]

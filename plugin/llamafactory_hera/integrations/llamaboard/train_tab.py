@@ -1,4 +1,4 @@
-"""The train tab with the HeRA accordion: a field for each key, and the results of the run in the output folder."""
+"""The train tab with the HeRA accordion: fields for the keys, and the results of the run in the output folder."""
 
 import shlex
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
     stage.change(lambda title: gr.Accordion(open=TRAINING_STAGES[title] == STAGE), stage, tab, queue=False)
     top = [engine.manager.get_elem_by_id(f"top.{name}") for name in ("model_name", "model_path", "finetuning_type")]
     results = [elements[name] for name in ("hera_commands", "hera_picture", "hera_report")]
-    # the text of the output box changes while a run goes on, at its end, and when an earlier output folder is chosen
+    # the text of the output box changes during a run, at its end, and when an earlier output folder is chosen
     events = [created["output_box"].change, created["output_dir"].change]
     gr.on(events, show_run, [*top, created["output_dir"]], results, show_progress="hidden", trigger_mode="always_last")
     return created | elements
@@ -49,14 +49,14 @@ def create_train_tab(host: Callable[["Engine"], Elements], engine: "Engine") -> 
 def change_stage(host: Callable[[str], tuple[Any, Any]], training_stage: str) -> tuple[Any, Any]:
     """Keeps the chosen datasets when the stage becomes HeRA; replaces the host's function, which empties the list.
 
-    Saved settings would otherwise lose their datasets, because the page loads the stage with them.
+    Saved settings would otherwise lose their datasets, because loading the settings also sets the stage.
     """
     datasets, packing = host(training_stage)
     return (gr.skip() if TRAINING_STAGES[training_stage] == STAGE else datasets), packing
 
 
 def show_run(model_name: str | None, model_path: str, method: str, output_dir: str | None) -> tuple[Any, Any, Any]:
-    """Shows the results of the run in the output folder: commands for a terminal, its heads, and its report."""
+    """Shows the results of the run in the output folder: terminal commands, the heads' picture, and the report."""
     folder = Path(get_save_dir(model_name, method, output_dir)) if model_name and output_dir else None
     if folder is None or not (folder / TRAINING_ARGS).is_file():
         return gr.Code(visible=False), gr.Image(visible=False), gr.HTML(visible=False)

@@ -1,27 +1,27 @@
-"""The adapter for LLaMA-Factory (the host), without the patches: those are a distribution of their own."""
+"""The adapter for LLaMA-Factory (the host); the patches are a separate distribution."""
 
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-#: The distribution that adds ``stage: hera`` to the host. It has the version of this package.
+#: The distribution that adds ``stage: hera`` to the host. It has the same version as this package.
 PATCHES = "llamafactory-hera-patches"
 #: The release of LLaMA-Factory that all tests use.
 TESTED_HOST = "0.9.5"
-#: The remedy for a host that is missing, or for versions that do not work together.
+#: The remedy for a missing host, or for versions that do not work together.
 PINNED_INSTALL = '`pip install ".[pinned]" ./patches` in a clone of llamafactory-hera'
 #: The remedy for missing patches.
 PATCHES_INSTALL = "`pip install . ./patches` in a clone of llamafactory-hera"
 
 
 def refuse_data_uri(image: Any, where: str) -> None:
-    """Raises ``ValueError`` for a data URI: HeRA reads it, but the host takes it for a path and fails in training."""
+    """Raises ``ValueError`` for a data URI: HeRA reads it, but the host treats it as a path and fails in training."""
     if isinstance(image, str) and image.startswith("data:"):
         problem = "has an image as a data URI, which LLaMA-Factory does not read"
-        raise ValueError(f"{where} {problem}; write it to a file, and give its path.")
+        raise ValueError(f"{where} {problem}; write the image to a file, and give the file's path.")
 
 
 class Stage(NamedTuple):
-    """A stage that the patches add to the host. Functions and classes are written as text, and imported on use."""
+    """A stage that the patches add to the host. Functions and classes are import paths, resolved on use."""
 
     config: str  #: The class of its keys.
     run: str  #: The function that replaces the host's ``run_sft``.
@@ -45,7 +45,7 @@ STAGES = {
 
 
 def require_host(patches: bool = True) -> None:
-    """Raises ``ValueError`` if LLaMA-Factory or, unless ``patches`` is false, its patches are not installed."""
+    """Raises ``ValueError`` unless LLaMA-Factory and, if ``patches`` is true, its patches are installed."""
     if find_spec("llamafactory") is None:
         raise ValueError(f"llamafactory is not installed; run {PINNED_INSTALL}.")
     if patches and find_spec("hera_patches") is None:

@@ -14,9 +14,9 @@ _CONFIGS: dict[str, type[KeyedConfig]] = {name: resolve_name(stage.config) for n
 
 
 def _arguments(stage: str) -> type:
-    """Creates a dataclass with the keys of a stage, which the host's parser reads."""
+    """Creates a dataclass with the keys of a stage for the host's parser."""
     fields = [
-        # The parser allows no union of types but with None. The settings class converts the text.
+        # The parser allows unions only with None. The settings class converts the text.
         (
             key,
             declared.type if declared.type != int | Literal["auto"] else str,
@@ -28,7 +28,7 @@ def _arguments(stage: str) -> type:
 
 
 def check_names(names: Any) -> None:
-    """Raises ``ValueError`` for a name that has the prefix of a stage but is none of its keys, and suggests a key."""
+    """Raises ``ValueError`` for a name that has a stage's prefix but is not one of its keys, and suggests a key."""
     for config in _CONFIGS.values():
         config.check_names(names)
 
@@ -36,7 +36,7 @@ def check_names(names: Any) -> None:
 def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
     """Creates a subclass of the host's ``FinetuningArguments`` with the stages of the plugin and their keys.
 
-    Inside the host, a run of such a stage has ``stage: sft`` and ``own_stage``; ``to_dict`` reports the latter.
+    Inside the host, a run of such a stage has ``stage: sft`` and ``own_stage``; ``to_dict`` reports ``own_stage``.
     ``require`` raises an error if such a run cannot start.
     """
     host_stage = host.__dataclass_fields__["stage"]  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def extend(host: type, require: Callable[[], None] = lambda: None) -> type:
             content = {key: value for key, value in content.items() if not key.startswith(others)}
             return {**content, "stage": self.own_stage} if self.own_stage is not None else content
 
-    # pickle looks the class up under the name of the host's class.
+    # pickle looks up the class under the name of the host's class.
     FinetuningArguments.__module__, FinetuningArguments.__qualname__ = host.__module__, host.__qualname__
     FinetuningArguments.__doc__ = host.__doc__
     return FinetuningArguments

@@ -1,4 +1,4 @@
-"""Refuses settings, models and data with which HeRA would be wrong or have no effect, before weights are loaded."""
+"""Before weights are loaded, refuses settings, models and data with which HeRA would be wrong or do nothing."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -31,15 +31,15 @@ UNREADABLE = {
     "mixture_of_depths": "tokens skip layers, so the average of a head over tokens is undefined",
 }
 _REFUSED = UNREADABLE | {
-    "use_unsloth_gc": "its checkpointing cannot carry the outputs of heads",
+    "use_unsloth_gc": "Unsloth's checkpointing hides the outputs of heads from HeRA",
     "shift_attn": "it moves tokens between heads",
     "fp8": NO_FP8,
-    "use_ray": "it was not tested in Ray's workers (USE_RAY=1 sets it)",
+    "use_ray": "HeRA is untested in Ray's workers (USE_RAY=1 also sets the key)",
 }
 
 
 def check_run(config: HeraConfig, host: HostArguments) -> Any:
-    """Checks a training run as far as this needs no weights, and returns the configuration of the model."""
+    """Runs the checks of a training run that need no weights, and returns the configuration of the model."""
     refuse_keys(host, _REFUSED, "stage: hera")
     check_parallelism(host.training)
     size, steps = host.training.per_device_train_batch_size, host.training.gradient_accumulation_steps
@@ -67,8 +67,8 @@ def _check_packing(layout: HeadLayout, host: HostArguments) -> None:
     if not host.data.neat_packing:
         key, why, remedy = "packing", "the samples of a row attend to each other", "set neat_packing: true"
     elif others and not (flash and text.startswith("qwen3_5")):
-        why = f"{', '.join(others)} of {text} ignore the borders of samples (Qwen3.5 needs flash_attn: fa2)"
-    elif text.startswith(("gemma3", "gemma4", "llama4")) and not flash:  # transformers fails without HeRA, too
+        why = f"{', '.join(others)} of {text} ignore the boundaries between samples (Qwen3.5 needs flash_attn: fa2)"
+    elif text.startswith(("gemma3", "gemma4", "llama4")) and not flash:  # fails even without HeRA
         why = f"the loss of {text} cannot read the attention mask of packed rows"
     refuse_keys(host, {key: why} if why else {}, "stage: hera", remedy)
 
@@ -83,7 +83,7 @@ def check_folders(output_dir: str, host: HostArguments) -> None:
 
 
 def refuse_keys(host: HostArguments, keys: dict[str, str], purpose: str, remedy: str = "remove the key") -> None:
-    """Refuses keys that are set; ``keys`` maps each of them to the reason."""
+    """Refuses each key of ``keys`` that is set; ``keys`` maps every key to the reason."""
     for key, why in keys.items():
         if value := next(filter(None, (getattr(part, key, None) for part in host)), None):
             raise ValueError(f"{key}: {value} does not work with {purpose}, because {why}; {remedy}.")
@@ -107,7 +107,7 @@ def resolved_mode(config: HeraConfig, host: HostArguments) -> HeraConfig:
 
 
 def checked_dataset(get_dataset: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Wraps the host's ``get_dataset``, and refuses data without images or with truncated image tokens."""
+    """Wraps the host's ``get_dataset`` to refuse data without images or with truncated image tokens."""
 
     @wraps(get_dataset)
     def get_checked(template: Any, model_args: Any, data_args: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def packed_pieces(row: dict[str, Any]) -> list[Piece]:
     """Returns the samples in a row of ``neat_packing``, without the padding at its end."""
     if (packed := row.get("packing_params")) is None:
         raise ValueError(
-            "neat_packing: True needs the column packing_params, which says where the samples of a row begin, but a "
-            "row lacks it; if tokenized_path names data of an older LLaMA-Factory, tokenize them again."
+            "neat_packing: True needs the packing_params column, which says where the samples of a row begin, but a "
+            "row lacks it; if tokenized_path has data from an older LLaMA-Factory, tokenize the data again."
         )
     ends, of_images = packed["sequence_boundaries"], packed["image_subseq_ids"]
     if packed["right_padding_length"]:
@@ -143,7 +143,7 @@ def packed_pieces(row: dict[str, Any]) -> list[Piece]:
 def check_image_tokens(
     row: int, sample: dict[str, Any], template: Any, data_args: Any, tokenizer: Any, processor: Any = None
 ) -> None:
-    """Checks that ``cutoff_len`` did not cut image tokens off sample ``row``, as the host encoded it."""
+    """Checks that ``cutoff_len`` cut no image tokens off ``sample``, which the host encoded from row ``row``."""
     plugin = template.mm_plugin
     if processor is None or getattr(plugin, "image_token", None) is None or not plugin.expand_mm_tokens:
         return
@@ -154,8 +154,8 @@ def check_image_tokens(
     needed = tokenizer.encode(expanded, add_special_tokens=False).count(image_token_id)
     kept = sample["input_ids"].count(image_token_id)
     if kept < needed:
-        length = len(sample["input_ids"]) + needed - kept  # a packed sample that was cut has a row for itself
+        length = len(sample["input_ids"]) + needed - kept  # a packed sample that was cut has its own row
         raise ValueError(
             f"cutoff_len: {data_args.cutoff_len + data_args.packing} cuts {needed - kept} of {needed} image tokens "
-            f"off sample {row} (counted from 0); set cutoff_len to {length} or more, plus room for its text."
+            f"off sample {row} (counted from 0); set cutoff_len to {length} or more, plus room for the sample's text."
         )

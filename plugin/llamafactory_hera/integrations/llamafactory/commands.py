@@ -41,15 +41,15 @@ def select(
     read = read_recipe(file, overrides)
     if read.config.granularity != "head":
         raise ValueError(
-            f"hera_granularity: {recipe} aligns layers, and this command selects heads; hera_layers: auto selects "
-            "layers before training."
+            f"hera_granularity: {recipe} aligns layers, but this command selects heads; to select layers, train with "
+            "hera_layers: auto."
         )
     output_dir = named_output(read.values, "saves/selection")
     check_folders(str(output_dir), read.host)
     path = output_dir / RUN_FOLDER / file_name("head")
     if not force:
-        _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or --force to replace it")
-    # before hours of scoring, because the recipe may change meanwhile, or may not allow changes
+        _keep_trained(path, f"output_dir: {output_dir}", "give another folder, or replace the heads with --force")
+    # prepared before hours of scoring, because the recipe may change meanwhile, or may not allow changes
     run = file.with_keys({**read.overrides, "stage": "hera", "hera_heads": str(path)})
     if in_place:
         file.set_in_place({"hera_heads": "L0H0"}, check_only=True)
@@ -61,7 +61,7 @@ def select(
         written = path.with_name("run.yaml")
         command = f"llamafactory-cli train {written}"
         title = f"{' '.join(str(recipe).split())} with the selected heads: {' '.join(heads.names)}"
-        write_text(written, f"# {title}\n# Run it in the same folder:\n#   {command}\n\n{run}")
+        write_text(written, f"# {title}\n# Train in the folder where the heads were selected:\n#   {command}\n\n{run}")
         if in_place:
             file.set_in_place({"hera_heads": str(heads)})
         print(*["wrote:", path, path.with_suffix(".png"), written, *([recipe] if in_place else [])], sep="\n  ")
@@ -71,7 +71,7 @@ def select(
 
 @host_words()
 def fill_teacher(recipe: str | os.PathLike, overrides: Sequence[str] = ()) -> int:
-    """Fills the ``hera_teacher_cache`` of a recipe with its dataset, and returns the number of images in it."""
+    """Fills the ``hera_teacher_cache`` of a recipe from its dataset, and returns the number of images in the cache."""
     read = read_recipe(recipe, overrides, hera_select_dataset=None)  # training reads the cache
     n_images = fill_teacher_cache(selection_inputs(read.config, read.host), read.config)
     if rank() == 0:
@@ -92,8 +92,8 @@ def score_checkpoint(
         checkpoint: The folder or hub id of a model, or the folder of an adapter for the recipe's model; None scores
             the recipe's model.
         recipe: The recipe with the dataset, the template, the teacher and the settings.
-        output: The file; the default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's model, which
-            its run starts from, it is ``hera/before.json`` in ``output_dir``.
+        output: The file to write. The default is ``hera/scores.json`` in the checkpoint's folder. For the recipe's
+            model, from which its run starts, the default is ``hera/before.json`` in ``output_dir``.
         overrides: ``key=value`` pairs that replace keys of the recipe.
     """
     forced: dict[str, Any] = {}
@@ -124,23 +124,23 @@ def score_checkpoint(
 
 
 def _keep_trained(path: Path, where: str, remedy: str) -> None:
-    """Refuses to replace the file of heads that a finished or resumable run has aligned."""
+    """Refuses to replace the file with the heads or layers of a run that has finished or can be resumed."""
     trained = next(filter(Path.exists, map(path.with_name, (CARD, "run.json"))), None)
     if trained is not None:
-        raise ValueError(f"{where} holds a run that has trained ({trained}) with the heads of {path.name}; {remedy}.")
+        raise ValueError(f"{where} contains a run that trained ({trained}) with the heads in {path.name}; {remedy}.")
 
 
 @host_words()
 def read_calibration(
     recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
 ) -> tuple[CalibrationInputs, RahConfig, Path]:
-    """Reads a recipe, with overrides, as the arguments of ``calibrate_heads``: model and data, keys, output folder."""
+    """Reads the arguments of ``calibrate_heads`` from a recipe: model and data, ``rah_*`` keys, and output folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
     values, _ = read_values(recipe, overrides)
     keys = {key: value for key, value in values.items() if key.startswith(RahConfig.PREFIX)}
     config = RahConfig.from_keys(keys)
-    # the host does not know the keys of calibration, and calibration does not read those of HeRA
+    # the host does not know calibration's keys, and calibration does not read HeRA's keys
     values = {key: value for key, value in values.items() if not key.startswith((RahConfig.PREFIX, HeraConfig.PREFIX))}
     output_dir = named_output(values, "saves/calibration")
     # The host merges adapters only for LoRA. A fused loss kernel would compute no logits.

@@ -1,6 +1,6 @@
-"""The checks of ``llamafactory-hera doctor RECIPE.yaml``. They load no weights and fetch nothing.
+"""The checks of ``llamafactory-hera doctor RECIPE.yaml``. They load no weights and download nothing.
 
-They do not import LLaMA-Factory either, because that alone takes longer than all of them.
+They do not import LLaMA-Factory either, because the import alone takes longer than all checks together.
 """
 
 import json
@@ -44,7 +44,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), processes: int = 1) -
             print(f"ok  {name:<8}  {getattr(recipe, name)()}", flush=True)
         except (ValueError, OSError) as error:
             problem = re.sub("^model: ", "model_name_or_path: ", " ".join(str(error).split()))
-            if problem not in problems:  # several checks need the keys, the model or the teacher
+            if problem not in problems:  # several checks may find the same problem
                 print(f"problem: {problem}", flush=True)
                 problems.append(problem)
     print(f"\n{len(problems)} problem(s) found." if problems else "\nNo problem found.")
@@ -52,7 +52,7 @@ def check_recipe(path: str, overrides: Sequence[str] = (), processes: int = 1) -
 
 
 class _Recipe:
-    """A recipe of the host. A check returns the text of its line, or raises ``ValueError`` with a remedy."""
+    """A recipe of the host. Each check returns the text of its line, or raises ``ValueError`` with a remedy."""
 
     def __init__(self, path: str, overrides: Sequence[str], processes: int) -> None:
         changed = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in overrides)}
@@ -94,16 +94,16 @@ class _Recipe:
         remembered = max(0, 4 * k - compared + 1) if config.remembered is None else config.remembered
         described = describe_candidates(k, compared, remembered, packed)
         neighbors = f", neighbors: {described}" if config.reads("hera_k") else ""
-        return f"{compared} {'packed rows' if packed else 'samples'} at once{neighbors}"
+        return f"{compared} {'packed rows' if packed else 'samples'} compared at once{neighbors}"
 
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)
         chosen = f"auto selects {config.select_m}"
         if hub_id(config.named_targets, config.targets_key) is not None:
-            chosen = f"the run fetches {config.named_targets} and compares its model"
+            chosen = f"the run downloads {config.named_targets} and checks that it is for this model"
         elif config.named_targets != AUTO:
             chosen = str(Targets.parse(config.named_targets, config.granularity, self.model))
-        return f"{chosen}, {self.model.model_type} has {layout.n_layers} layers of up to {layout.n_heads} heads"
+        return f"{chosen}; {self.model.model_type} has {layout.n_layers} layers with up to {layout.n_heads} heads each"
 
     def template(self) -> str:
         name, tokens, file = self.get("template"), _image_tokens(), self.folder / "tokenizer.json"
@@ -111,7 +111,7 @@ class _Recipe:
         expected = {token["content"] for token in added if token["id"] in media_token_ids(self.model)}
         fitting = [str(other) for other, token in tokens.items() if token in expected]
         if tokens.get(name) is None or (fitting and name not in fitting):
-            choice = f"for this model: {', '.join(fitting[:8])}" if fitting else "that the model's authors name"
+            choice = f"for this model: {', '.join(fitting[:8])}" if fitting else "that the model's authors use"
             has = f"writes an image as {tokens[name]}" if tokens.get(name) else "has no images"
             raise ValueError(f"template: {name} {has}; choose one {choice}.")
         return f"{name} writes an image as {tokens[name]}"
@@ -132,7 +132,7 @@ class _Recipe:
                 raise ValueError(f"dataset: {name} is not in {folder}/dataset_info.json; add it.")
             file, column = folder / known[name].get("file_name", ""), known[name].get("columns", {}).get("images")
             if column is None or file.suffix not in (".json", ".jsonl"):
-                notes.append(f"{name} has {'no images' if column is None else 'no JSON file, and was not opened'}")
+                notes.append(f"{name} has {'no images' if column is None else 'no JSON file, so it was not opened'}")
                 n_unknown += column is not None
                 continue
             found = (row.get(column) or [] for row in _first_rows(file))
@@ -144,9 +144,9 @@ class _Recipe:
                     refuse_data_uri(image, "a row")
                     inside = Path(media, image) if isinstance(image, str) else None
                     load_image(inside if inside and inside.is_file() else image)
-            notes.append(f"opened the first {len(images)} of {name}")
+            notes.append(f"opened the first {len(images)} images of {name}")
         if not n_opened and not n_unknown:
-            raise ValueError(f"dataset: {named} has no images, and HeRA compares images; add a dataset with images.")
+            raise ValueError(f"dataset: {named} has no images, but HeRA compares images; add a dataset with images.")
         return "; ".join(notes)
 
     def memory(self) -> str:
@@ -156,7 +156,7 @@ class _Recipe:
         sizes = dict.fromkeys(("weights", "gradients and AdamW", "teacher"), 0.0)
         for name, value in parameters.items():
             text, trained = not any(part in name for part in _NOT_TEXT), 0
-            linear = text and name.endswith("proj.weight")  # gets adapters, and is stored in few bits
+            linear = text and name.endswith("proj.weight")  # gets an adapter, and may be quantized
             if self.get("finetuning_type") == "full":
                 trained = value.numel() if text and not self.get("freeze_language_model") else 0
             elif linear:
@@ -167,11 +167,11 @@ class _Recipe:
         files = weight_files(_local(self.config.teacher, "hera_teacher"))
         sizes["teacher"] = sum(file.stat().st_size for file in files)
         listed = " + ".join(f"{size / 2**30:.2f} {name}" for name, size in sizes.items())
-        return f"computed: {sum(sizes.values()) / 2**30:.2f} GiB = {listed}, before sharding and without activations"
+        return f"estimated: {sum(sizes.values()) / 2**30:.2f} GiB = {listed}, before sharding and without activations"
 
 
 def _local(name: str, key: str) -> Path:
-    """Returns the folder of a model, which may be in the cache of the hub, or raises ``ValueError``."""
+    """Returns the local folder of a model, possibly in the hub's cache, or raises ``ValueError``."""
     return local_folder(name, key, f"a folder, or run hf download {name} while online", local_files_only=True)
 
 
@@ -189,7 +189,7 @@ def _first_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _image_tokens() -> dict[str | None, str | None]:
-    """Maps each template to its image token, or to None; reads the source code, because the host imports slowly."""
+    """Maps each template to its image token or None; reads the host's source, because importing the host is slow."""
     built = ("llava_plain", *(model.template for model in LANGUAGE_MODELS.values()))
     tokens: dict[str | None, str | None] = dict.fromkeys(built, "<image>")
     require_host(patches=False)

@@ -1,4 +1,4 @@
-"""Model, teacher and data of a host run, as the plain objects that a selection uses."""
+"""The model, teacher and data of a host run, as the plain objects that a selection uses."""
 
 import copy
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from .recipe import HostArguments, adapter_folders, model_folder
 
 
 def selecting_run(config: HeraConfig, host: HostArguments, configuration: Any) -> Run:
-    """Describes a training run to the functions that select its heads or layers, or check given ones."""
+    """Describes a training run to the functions that select or check its heads or layers."""
 
     def origin() -> dict[str, str]:
         layout = head_layout(configuration)
@@ -45,7 +45,7 @@ def selecting_run(config: HeraConfig, host: HostArguments, configuration: Any) -
 
 def selection_inputs(config: HeraConfig, host: HostArguments) -> SelectionInputs:
     """Returns the model, teacher and data of a selection; only the dataset is read immediately."""
-    host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes them
+    host = host._replace(model=copy.deepcopy(host.model), data=copy.deepcopy(host.data))  # loading changes both
     host.data.cutoff_len += host.data.packing  # packing shortens rows by one token
     host.data.packing = host.data.neat_packing = False  # samples are scored one by one
     if (name := config.select_dataset) is not None:

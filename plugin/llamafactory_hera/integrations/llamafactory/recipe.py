@@ -1,4 +1,4 @@
-"""A recipe of the host: its keys, the arguments that the host's parser creates, and errors with host keys."""
+"""A recipe of the host: its keys, the arguments that the host's parser creates, and errors with the host's keys."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class HostArguments(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """A recipe, changed for scoring: the overrides, all keys, HeRA's settings and the host's arguments."""
+    """A recipe adapted for scoring: the overrides, all keys, HeRA's settings and the host's arguments."""
 
     overrides: dict[str, Any]
     values: dict[str, Any]
@@ -63,7 +63,7 @@ def read_values(
     """Reads the keys of a recipe with its overrides, and the overrides separately."""
     for override in overrides:
         if "=" not in override:
-            raise ValueError(f"{override} is neither a recipe nor key=value; write for instance output_dir=saves/run.")
+            raise ValueError(f"{override} is neither a recipe nor key=value; write a pair like output_dir=saves/run.")
     file = RecipeFile.read(path) if isinstance(path, str | os.PathLike) else path
     try:
         changes = OmegaConf.from_cli(list(overrides))
@@ -83,7 +83,7 @@ def host_arguments(values: Mapping[str, Any]) -> HostArguments:
     try:
         return HostArguments(*get_train_args(dict(values))[:4])
     except (AssertionError, AttributeError, OverflowError, TypeError) as error:  # the parser does not check all types
-        raise ValueError(f"A value of the recipe has the wrong type ({error}); put texts in quotes.") from error
+        raise ValueError(f"A value of the recipe has the wrong type ({error}); put text in quotes.") from error
 
 
 def named_output(values: Mapping[str, Any], example: str) -> Path:
@@ -94,7 +94,7 @@ def named_output(values: Mapping[str, Any], example: str) -> Path:
 
 
 def model_folder(model_args: Any) -> Path:
-    """Returns the local folder of the model, and downloads a hub model."""
+    """Returns the local folder of the model; downloads the model if it is on the hub."""
     return local_folder(model_args.model_name_or_path, "model_name_or_path", "a model", **_hub(model_args))
 
 
@@ -114,10 +114,9 @@ def _hub(args: Any) -> dict[str, Any]:
 
 # Setting in a message of the core -> the host's key.
 _HOST_KEYS = {"model:": "model_name_or_path:", "adapter:": "adapter_name_or_path:", "images_of:": "dataset:"}
-# Part of a message -> the host's keys that help.
+# Part of a message -> the host's keys to change.
 _HINTS = {
-    "Train parameters before them": "freeze_multi_modal_projector: false, freeze_language_model: false, "
-    "lora_target: all",
+    "Train earlier parameters": "freeze_multi_modal_projector: false, freeze_language_model: false, lora_target: all",
     "no image was found": "a dataset with an `images` column, or stage: sft",
     "raise the maximum length of a sample": "cutoff_len",
     "Check the path in the dataset": 'media_dir (in LLaMA Board, put {"media_dir": "FOLDER"} into "Extra arguments")',
@@ -126,7 +125,7 @@ _HINTS = {
 
 @contextmanager
 def host_words() -> Iterator[None]:
-    """Replaces the setting at the start of an error's message with the host's key, and adds keys that help."""
+    """Replaces the setting at the start of an error's message with the host's key, and adds the keys to change."""
 
     def in_host_words(message: str) -> str:
         hints = [f" In LLaMA-Factory: {keys}." for part, keys in _HINTS.items() if part in message]

@@ -1,7 +1,8 @@
 """Chat templates of LLaVA-style models, registered with the host.
 
 Each template is the host's template of the language model with the host's data plugin for LLaVA, which inserts the
-image tokens. ``backbones/models.yaml`` uses them. Only the patch of the host's ``data.template`` imports this module.
+image tokens. ``backbones/models.yaml`` names the templates. Only the patch of the host's ``data.template`` imports
+this module.
 """
 
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from typing import Any
 from llamafactory.data.mm_plugin import get_mm_plugin
 from llamafactory.data.template import Template
 
-#: Name of a template -> the host's template from which it is made, and the fields that differ.
+#: Name of a template -> the host's template that it is based on, and the fields that differ.
 #:
 #: - ``llava_qwen3`` has no thinking: it is plain ChatML, as for Qwen3's Instruct-2507 models. The hybrid models put an
 #:   empty thought before an answer; training leaves it out, and `build` removes it from the model's own template.

@@ -36,7 +36,7 @@ class HeraSftTrainer(HeraTrainerMixin, CustomSeq2SeqTrainer):
 def run_hera(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
     """Trains with HeRA; without ``do_train`` it runs the host's SFT workflow unchanged.
 
-    ``workflow`` is the host's module ``train.sft.workflow``, and ``arguments`` are those of its ``run_sft``.
+    ``workflow`` is the host's ``train.sft.workflow`` module, and ``arguments`` are the arguments of its ``run_sft``.
     """
     host = HostArguments(*arguments[:4])
     if not host.training.do_train:
@@ -89,7 +89,7 @@ def run_replaced(
     make_trainer: Callable[..., Any],
     replacements: dict[str, Any],
 ) -> None:
-    """Runs the host's SFT workflow with another trainer and other functions; fails if it does not use the trainer."""
+    """Runs the host's SFT workflow with another trainer and other functions; fails if the trainer is not used."""
     proof = _Proof()
 
     def make_known(*args: Any, **kwargs: Any) -> Any:
@@ -113,6 +113,6 @@ class _Proof(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             raise RuntimeError(
-                "stage: hera and stage: harc: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, and "
-                "trains without HeRA or HARC. Remove the setting that chose it, or use stage: sft."
+                "stage: hera and stage: harc: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, so "
+                "it trains without HeRA or HARC. Remove the setting that chose another trainer, or use stage: sft."
             )
