@@ -1,4 +1,4 @@
-"""The coupling of one run: extracts and refreshes the directions, chooses layers, and computes the weighted term."""
+"""The coupling in one run: extracts and refreshes the directions, chooses layers, and computes the weighted term."""
 
 import logging
 import os
@@ -32,15 +32,15 @@ logger = logging.getLogger("llamafactory_hera")
 _STATE, _RUN = "state.safetensors", "run.json"
 _BATCH = 8  # rows in a forward pass of the extraction
 
-#: Harmful rows ``[B]``, the tokens of benign responses ``[B, T]``, and the base model's logits at these, ``[N, V]``.
+#: Masks of harmful rows ``[B]`` and benign response tokens ``[B, T]``, and the base model's logits there ``[N, V]``.
 Prepared = tuple[Tensor, Tensor, Tensor]
 
 
 class Coupler:
-    """The state and the steps of the method during one run; a ``Method`` of ``integrations.method_trainer``.
+    """The state and the steps of the method during one run; implements ``Method`` of ``integrations.method_trainer``.
 
-    ``model`` is a PEFT model before an engine wraps it; without its adapter, it is the base model. The rows in
-    ``extract``, by class, define the directions.
+    ``model`` is a PEFT model that no engine has wrapped yet; with its adapter disabled, it is the base model.
+    ``extract`` contains the rows that define the directions, by class.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class Coupler:
         #: The base model's directions ``[4, n, D]``; None before they are extracted.
         self.base = None if config.directions == AUTO else geometry.load(config.directions)
         if self.base is not None and self.base.shape[1:] != (layout.n_layers, layout.hidden_size):
-            raise ValueError(f"harc_directions: {config.directions} belongs to another model; extract again.")
+            raise ValueError(f"harc_directions: {config.directions} belongs to another model; extract this model's.")
         #: The directions of the last refresh.
         self.directions: Any = self.base
-        #: True if no row of the latest micro-batch has a label, so that a mean over labels is not a number.
+        #: True if no row of the latest micro-batch has a label, so that a mean over labels is NaN.
         self.unlabeled = False
         self._capture: Any = None
         self._logits = _LogitsCapture(model)
@@ -70,11 +70,11 @@ class Coupler:
         self._n_steps, self._up_to_date = 0, -1  # optimizer steps, and the step for which layers were chosen
 
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
-        """Takes HARC's tensors, if any, out of a batch, runs the base model, and sets the tokens to read."""
+        """Removes HARC's tensors, if any, from a batch, runs the base model, and sets the tokens to read."""
         inputs = {name: batch.pop(name) for name in list(batch) if name.startswith(PREFIX)}
         if not inputs:
             return None
-        self.after_backward()  # discards what a failed micro-batch has left
+        self.after_backward()  # discards the remains of a failed micro-batch
         harmful = inputs["harc_harmful"]
         capture = self._updated(harmful.device)
         self.unlabeled = not bool(harmful.any())
@@ -94,7 +94,7 @@ class Coupler:
         """Computes the weighted term of the latest forward pass; every process must call it."""
         config, logits, (harmful, tokens, base_logits) = self.config, self._logits.kept, prepared
         if logits is None:
-            raise ValueError("loss: the model returned no logits, which HARC compares; turn fused losses off.")
+            raise ValueError("loss: the model returned no logits for HARC to compare; turn fused losses off.")
         instruction, prompt, response = self._capture.representations().unflatten(1, (len(harmful), 3)).unbind(2)
         pairs = zip((instruction, prompt, response, response), self.directions, strict=True)
         chosen = [layer - 1 for layer in self.layers]
@@ -110,7 +110,7 @@ class Coupler:
         return config.coupling_weight * at_prompt + config.response_weight * over_response + config.kl_weight * kl
 
     def after_backward(self) -> None:
-        """Stops reading. A step may have no gradient, if all cosines are beyond the margin."""
+        """Stops reading activations. Expects no gradient, because all cosines may be beyond the margin."""
         if self._capture is not None:
             self._capture.pool(None)
         self._logits.kept = None
@@ -120,7 +120,7 @@ class Coupler:
         self._n_steps += 1
 
     def _updated(self, device: torch.device) -> LayerCapture:
-        """Extracts the directions and chooses layers when they are due, at the same step on every process."""
+        """Extracts the directions and chooses the layers when due, at the same step on every process."""
         config, step, start = self.config, self._n_steps, time.monotonic()
         if step == self._up_to_date and self._capture is not None:
             return self._capture
@@ -141,21 +141,21 @@ class Coupler:
                 self.save_directions()
         if self._capture is None or self.layers != layers:
             self.release()
-            # layer l is the input of block l, and LayerCapture reads outputs
+            # layer l is the input of block l, but LayerCapture reads outputs
             self._capture = LayerCapture(self._model, [f"L{layer - 1}" for layer in self.layers])
             self._capture.install()
             self._logits.install()
         return self._capture
 
     def extract(self, device: torch.device) -> Tensor:
-        """Extracts the directions ``[4, n, D]`` of the model as it is; every process runs a part of the rows."""
+        """Extracts the directions ``[4, n, D]`` of the model as it is now; each process runs a part of the rows."""
         with LayerCapture(self._model, [f"L{index}" for index in range(self._n_layers)]) as capture:
             return geometry.from_means(*(self._mean(rows, capture, device) for rows in self._extract.values()))
 
     def _mean(self, rows: Sequence[Row], capture: LayerCapture, device: torch.device) -> Tensor:
-        """Averages the rows of a class at the three positions, ``[3, n, D]``."""
+        """Averages the activations of a class at the three positions, ``[3, n, D]``."""
         total = torch.zeros((), device=device)
-        # ZeRO-3 needs the same number of passes on each process; the surplus passes count 0
+        # ZeRO-3 needs the same number of passes on each process; surplus passes add 0
         for start in range(0, len(rows), _BATCH * world_size()):
             part = rows[start + rank() * _BATCH :][:_BATCH]
             batch = {name: value.to(device) for name, value in self._collate([*(part or rows[:1])]).items()}
@@ -165,7 +165,7 @@ class Coupler:
         return sum_over_ranks(total)[0].transpose(0, 1) / len(rows)
 
     def save_directions(self) -> None:
-        """Writes the base model's directions, and what is known about them, into the folder ``harc`` of the run."""
+        """Writes the base model's directions and their provenance into the run's ``harc`` folder."""
         assert self.base is not None
         counts, keys = {kind: len(rows) for kind, rows in self._extract.items()}, self.config.keys()
         origin = {"model": getattr(model_config(self._model), "_name_or_path", ""), "rows": counts, "keys": keys}
@@ -177,7 +177,7 @@ class Coupler:
         return self._statistics.take()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the keys, the directions and the step into ``folder/harc``; nothing before the first step."""
+        """Writes the keys, the directions and the step into ``folder/harc``, but only after the first step."""
         if self.base is not None and self.directions is not None:
             state = {"base": self.base, "directions": self.directions.clone(), "steps": torch.tensor(self._n_steps)}
             write_safetensors(Path(folder) / geometry.FOLDER / _STATE, state)
@@ -207,7 +207,7 @@ class Coupler:
 
 
 class _LogitsCapture(Hooks):
-    """Keeps the logits of the latest pass with a graph, because some trainers do not return the model's outputs."""
+    """Keeps the logits of the latest pass with gradients, because some trainers do not return the model's outputs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -215,11 +215,11 @@ class _LogitsCapture(Hooks):
         self.kept: Tensor | None = None
 
     def _hook(self) -> None:
-        # no forward hook, because PEFT calls `forward` itself
+        # not with a forward hook, because PEFT calls `forward` directly
         self._replace(self._causal, "forward", partial(self._run, self._causal.forward))
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         if torch.is_grad_enabled():
-            self.kept = getattr(output, "logits", None)  # a fused loss returns none
+            self.kept = getattr(output, "logits", None)  # None with a fused loss
         return output

@@ -1,4 +1,4 @@
-"""The rows of a HARC run: their classes, positions and truncation, the fixed mixture of a batch, and the collator."""
+"""The rows of a HARC run: classes, positions, truncation, the fixed mixture in each batch, and the collator."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from llamafactory_hera.heads.tokens import IGNORE_INDEX
 
 from .config import HarcConfig
 
-#: The classes of rows. Only the first three are trained on.
+#: The classes of rows. HARC trains only on the first three.
 KINDS = HARMFUL, HARMLESS, PSEUDO, COMPLIANT = ("harmful", "harmless", "pseudo", "compliant")
 _RATIO = {HARMFUL: 3, HARMLESS: 2, PSEUDO: 1}  # the authors' 6 + 4 + 2
 #: The prefix of every added tensor; ``Coupler.prepare`` removes these tensors before the model sees the batch.
@@ -20,7 +20,7 @@ PREFIX = "harc_"
 
 
 class Row(NamedTuple):
-    """A row as tokens. It is no mapping, so a Trainer removes no column of it."""
+    """A tokenized row. It is not a mapping, so a Trainer does not remove any of its columns."""
 
     ids: list[int]
     n_prompt: int  #: The number of tokens before the response.
@@ -37,7 +37,7 @@ def template_tail(render: Callable[[str], list[int]]) -> list[int]:
     while first[len(first) - length - 1 :] == second[len(second) - length - 1 :]:
         length += 1
     if not length:
-        raise ValueError("template: no token follows the user's text, so harm and refusal have the same position.")
+        raise ValueError("template: no token after the user's text separates harm from refusal; use another template.")
     return first[-length:]
 
 
@@ -55,7 +55,7 @@ def chat_tail(tokenizer: Any) -> list[int]:
 def read_rows(dataset: Iterable[Mapping[str, Any]], tail: Sequence[int], config: HarcConfig) -> tuple[Rows, Rows]:
     """Reads tokenized rows with labels (or TRL's ``completion_mask``) and their class.
 
-    Returns, by class, the rows that define the directions, and those to train on; raises ``ValueError`` for bad data.
+    Returns rows that define the directions and rows to train on, both by class. Raises ``ValueError`` for bad data.
     """
     rows: dict[str, list[Row]] = {kind: [] for kind in KINDS}
     for number, row in enumerate(dataset):
@@ -68,8 +68,8 @@ def read_rows(dataset: Iterable[Mapping[str, Any]], tail: Sequence[int], config:
     harmful, harmless = len(rows[HARMFUL]), len(rows[HARMLESS])
     if min(harmful, harmless) < 2 or not rows[COMPLIANT]:
         raise ValueError(
-            f"dataset: it has {', '.join(f'{len(each)} {kind}' for kind, each in rows.items())} rows, and HARC needs "
-            "2 harmful and 2 harmless ones (half of them define directions), and 1 compliant one."
+            f"dataset: it has {', '.join(f'{len(each)} {kind}' for kind, each in rows.items())} rows, but HARC needs "
+            "at least 2 harmful and 2 harmless (half of both define directions) and 1 compliant; add rows."
         )
     held = {kind: min(config.extract_samples, len(rows[kind]) // 2) for kind in (HARMFUL, HARMLESS)}
     held[COMPLIANT] = config.extract_samples
@@ -82,7 +82,7 @@ def _read_row(row: Mapping[str, Any], kind: str, tail: Sequence[int], length: in
     answer = row.get("completion_mask") if labels is None else [label != IGNORE_INDEX for label in labels]
     start = next((place for place, answered in enumerate(answer or ()) if answered), None)
     if answer is None:
-        raise ValueError("has neither labels nor TRL's completion_mask; write columns prompt and completion.")
+        raise ValueError("has neither labels nor TRL's completion_mask; provide prompt and completion columns.")
     if start is None:
         raise ValueError("has no response; every row needs a prompt and a response.")
     if not all(answer[start:]):
@@ -91,17 +91,17 @@ def _read_row(row: Mapping[str, Any], kind: str, tail: Sequence[int], length: in
         raise ValueError("has a prompt that does not end with the template's tail; use one template for all rows.")
     prompt, response = ids[:start][-length:], ids[start:]
     if len(prompt) <= len(tail):
-        raise ValueError("has a prompt without a token before the template's tail; write a longer one.")
+        raise ValueError("has a prompt without a token before the template's tail; write a longer prompt.")
     if len(response) > length + 1:
         response = [*response[:length], response[-1]]
     return Row([*prompt, *response], len(prompt), kind)
 
 
 class HarcCollator:
-    """Pads rows, and adds ``harc_harmful [B]``, ``harc_positions [B, 2]`` and the response's tokens ``harc_response``.
+    """Pads rows, and adds ``harc_harmful [B]``, ``harc_positions [B, 2]`` and the response mask ``harc_response``.
 
-    The positions are the last token of the instruction, and that of the prompt. Only harmful rows keep
-    labels. The collator removes the others, because Trainers count labels before the step.
+    The positions are the last tokens of the instruction and of the prompt. Only harmful rows keep their labels. The
+    collator removes all other labels, because Trainers count labels before the step.
     """
 
     def __init__(self, tokenizer: Any, n_tail: int) -> None:
@@ -111,7 +111,7 @@ class HarcCollator:
         labels = ([IGNORE_INDEX] * row.n_prompt + row.ids[row.n_prompt :] for row in rows)
         batch = dict(self._pad([{"input_ids": row.ids, "labels": next(labels)} for row in rows]))
         response = batch["labels"] != IGNORE_INDEX
-        last = response.int().argmax(dim=1) - 1  # wherever the padding is
+        last = response.int().argmax(dim=1) - 1  # on either side of the padding
         harmful = torch.tensor([row.kind == HARMFUL for row in rows])
         batch["labels"][~harmful] = IGNORE_INDEX
         positions = torch.stack([last - self._n_tail, last], dim=1)
@@ -119,7 +119,7 @@ class HarcCollator:
 
 
 def reading_mask(inputs: Mapping[str, Tensor], window: int) -> Tensor:
-    """Returns the tokens to average ``[3 * B, B * T]`` for each row: instruction, prompt, start of the response."""
+    """Returns masks ``[3 * B, B * T]`` of the tokens to average for each row: instruction, prompt, response start."""
     response = inputs["harc_response"]
     index, places = (torch.arange(size, device=response.device) for size in response.shape)
     start = response & (response.cumsum(dim=1) <= window)
@@ -132,13 +132,13 @@ class MixtureSampler(Sampler[int]):
     """Yields indices such that each batch has harmful, harmless and pseudo rows in the ratio 6 : 4 : 2.
 
     Each class is an endless stream of shuffled passes, which a resumed run continues. An epoch ends when every harmful
-    row was seen. The dataset is the concatenation of the classes in ``train``.
+    row has been seen. The indices refer to the concatenation of the classes in ``train``.
     """
 
     def __init__(self, train: Rows, batch_size: int, n_processes: int, seed: int) -> None:
         unit = sum(_RATIO.values())
         if batch_size % unit:
-            raise ValueError(f"per_device_train_batch_size: {batch_size} is no multiple of {unit} (3 + 2 + 1 rows).")
+            raise ValueError(f"per_device_train_batch_size: {batch_size} is not a multiple of {unit} (3 + 2 + 1).")
         shares = [batch_size // unit * share for share in _RATIO.values()]
         if not train[PSEUDO]:
             shares = [shares[0], batch_size - shares[0], 0]

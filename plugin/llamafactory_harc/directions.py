@@ -1,4 +1,4 @@
-"""The four directions of each layer: differences of means, the scores by which layers are chosen, and their files."""
+"""The four directions of each layer (differences of means), the scores that choose layers, and the files of both."""
 
 import os
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from torch.nn import functional
 from llamafactory_hera.files import reading, write_json, write_safetensors
 from llamafactory_hera.plots import GRAY, new_figure, plain, save_figure, series_colors
 
-#: The folder of HARC's files, inside a run's output folder and inside each checkpoint, and that of the directions.
+#: The folder of HARC's files, inside a run's output folder and inside each checkpoint, and the directions' file.
 FOLDER, DIRECTIONS = "harc", "directions.safetensors"
 
-# The first axis of directions `[4, n, D]`. On the second one, layer l is at l - 1: layer 1 is the input of block 1, so
-# the output of block 0; layer 0 would be the embeddings.
+# The first axis of directions `[4, n, D]`. On the second axis, layer l has index l - 1: layer 1 is the input of block
+# 1, which is the output of block 0. Layer 0 would be the embeddings.
 _NAMES = ("harm", "refusal", "response_harm", "response_refusal")
-_EDGE = 4  # layers at both ends that are never chosen, embeddings included
+_EDGE = 4  # number of layers never chosen at each end, counting the embeddings
 
 
 def from_means(harmful: Tensor, harmless: Tensor, compliant: Tensor) -> Tensor:
-    """Returns the directions ``[4, n, D]`` from means ``[3, n, D]``: at instruction and prompt, over the response."""
+    """Returns the directions ``[4, n, D]`` from means ``[3, n, D]`` at instruction, prompt and response."""
     harm, refusal, later_refusal = harmful - harmless
     later_harm = compliant[2] - harmless[2]
     return functional.normalize(torch.stack([harm, refusal, later_harm, later_refusal]), dim=-1, eps=1e-8)
@@ -46,7 +46,7 @@ def pair_cosines(directions: Tensor) -> dict[str, Tensor]:
 
 
 def scores(directions: Tensor) -> Tensor:
-    """Scores the layers 1 to n: high where harm and refusal differ, and prompt and response agree; edges: -inf."""
+    """Scores layers 1 to n: high if harm and refusal differ and prompt and response agree; -inf near both ends."""
     apart, later_apart, harm, refusal = (value.abs() for value in pair_cosines(directions).values())
     values = (1 - apart) * (1 - later_apart) * harm * refusal
     values[: _EDGE - 1] = values[-_EDGE:] = -torch.inf
@@ -54,15 +54,15 @@ def scores(directions: Tensor) -> Tensor:
 
 
 def best_layers(directions: Tensor, count: int) -> tuple[int, ...]:
-    """Returns the layers with the highest scores in ascending order."""
+    """Returns the highest-scoring layers in ascending order."""
     values = scores(directions)
     if not (known := int(values.isfinite().sum())):
-        raise ValueError(f"harc_layers: auto needs 8 blocks, and the model has {len(values)}; name layers.")
+        raise ValueError(f"harc_layers: auto needs 8 blocks, but the model has {len(values)}; name the layers.")
     return tuple(sorted(index + 1 for index in values.topk(min(count, known)).indices.tolist()))
 
 
 def save(folder: Path, directions: Tensor, layers: Sequence[int], provenance: dict[str, Any]) -> None:
-    """Writes the directions, ``harc.json`` with scores and cosines, and a picture of the cosines."""
+    """Writes the directions, ``harc.json`` with scores and cosines, and a plot of the cosines."""
     directions = directions.cpu()
     write_safetensors(folder / DIRECTIONS, dict(zip(_NAMES, directions, strict=True)))
     pairs = pair_cosines(directions)
@@ -84,6 +84,6 @@ def save(folder: Path, directions: Tensor, layers: Sequence[int], provenance: di
 
 def load(path: str | os.PathLike) -> Tensor:
     """Reads directions that :func:`save` wrote."""
-    with reading(f"harc_directions: {path}", "a file of llamafactory-hera harc-directions"):
+    with reading(f"harc_directions: {path}", "a file written by llamafactory-hera harc-directions"):
         tensors = load_file(path)
         return torch.stack([tensors[name] for name in _NAMES])

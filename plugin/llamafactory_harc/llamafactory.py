@@ -1,4 +1,4 @@
-"""HARC in LLaMA-Factory (the host): ``stage: harc``, its data, and the command ``harc-directions``."""
+"""HARC in LLaMA-Factory (the host): ``stage: harc``, its data, and the ``harc-directions`` command."""
 
 import copy
 import logging
@@ -26,14 +26,14 @@ from .data import KINDS, HarcCollator, read_rows, template_tail
 from .directions import DIRECTIONS, FOLDER
 from .trainer import HarcTrainerMixin
 
-#: Key -> why HARC does not work with it.
+#: Keys that do not work with HARC, and the reasons.
 _REFUSED = UNREADABLE | {
-    "enable_liger_kernel": "fused losses compute no logits, which the KL term compares",
-    "packing": "the samples in a row have no single prompt and response",
+    "enable_liger_kernel": "fused losses skip the logits that the KL term compares",
+    "packing": "a packed row has no single prompt and response",
     "streaming": "batches have a fixed mixture of classes",
-    "train_on_prompt": "a response begins at the first label",
-    "use_unsloth_gc": "HARC cannot read activations through its checkpointing",
-    **dict.fromkeys(("val_size", "eval_dataset", "tokenized_path"), "its rows have no class; evaluate after the run"),
+    "train_on_prompt": "the first label marks the response",
+    "use_unsloth_gc": "Unsloth's checkpointing hides activations from HARC",
+    **dict.fromkeys(("val_size", "eval_dataset", "tokenized_path"), "such rows have no class; evaluate after the run"),
 }
 _CURVES = ["lm_loss", "harc_coupling", "harc_response", "harc_kl"]
 _CURVES += [f"harc_cos_{kind}_{place}" for kind in ("harmful", "benign") for place in ("prompt", "response")]
@@ -45,7 +45,7 @@ class _HarcSftTrainer(HarcTrainerMixin, CustomSeq2SeqTrainer):
 
 @recipes.host_words()
 def run_harc(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any) -> None:
-    """Trains with HARC; without ``do_train`` it runs the host's SFT workflow unchanged."""
+    """Trains with HARC, or runs the host's SFT workflow unchanged without ``do_train``."""
     host = recipes.HostArguments(*arguments[:4])
     if not host.training.do_train:
         return run_sft(*arguments)
@@ -54,7 +54,7 @@ def run_harc(workflow: ModuleType, run_sft: Callable[..., None], *arguments: Any
     config = checked(host)
     samples = KindSamples(host, config)
     rows, plot_loss = samples.encoded(), workflow.plot_loss
-    read_rows(rows, samples.tail, config)  # raises errors about the data before the weights are loaded
+    read_rows(rows, samples.tail, config)  # reports bad data before the weights are loaded
     replacements = {
         "get_dataset": lambda *_, **__: {"train_dataset": rows},
         "plot_loss": lambda folder, keys: plot_loss(folder, keys=[*keys, *_CURVES]),
@@ -84,7 +84,7 @@ def write_directions(recipe: str, overrides: Sequence[str] = ()) -> None:
 
 
 def checked(host: recipes.HostArguments) -> HarcConfig:
-    """Reads the keys, and refuses settings before data and weights are read."""
+    """Reads the keys, and refuses bad ones before data and weights are read."""
     refuse_keys(host, _REFUSED, "stage: harc")
     if (tuning := host.finetuning.finetuning_type) != "lora":
         raise ValueError(f"finetuning_type: {tuning} trains no adapter that HARC could switch off; set lora.")
@@ -98,7 +98,7 @@ class KindSamples(Samples):
     def __init__(self, host: recipes.HostArguments, config: HarcConfig) -> None:
         self._column, align = config.column, loader.align_dataset
         data = copy.deepcopy(host.data)
-        data.cutoff_len = 1 << 20  # HARC cuts rows itself
+        data.cutoff_len = 1 << 20  # HARC truncates rows itself
 
         def align_with_class(dataset: Any, attributes: Any, *args: Any) -> Any:
             name = attributes.dataset_name
@@ -106,8 +106,8 @@ class KindSamples(Samples):
             if self._column in dataset.column_names:
                 kinds = list(dataset[self._column])
             if len(kinds) != len(dataset):
-                reason = f"its name does not contain exactly one of {', '.join(KINDS)}; add the column, or rename it"
-                raise ValueError(f"harc_column: {name} has no column {self._column}, and {reason}.")
+                reason = f"its name needs exactly one of {', '.join(KINDS)}; add the column, or rename the dataset"
+                raise ValueError(f"harc_column: {name} has no `{self._column}` column, so {reason}.")
             return align(dataset, attributes, *args).add_column(self._column, kinds)
 
         loader.align_dataset = align_with_class
@@ -127,6 +127,6 @@ class KindSamples(Samples):
         for number, row in enumerate(self.rows):
             features = self.encode_with(row, self.processor) if has_answer(row) else None
             if features is None:
-                raise ValueError(f"dataset: row {number} ({row[self._column]}) has no response; every row needs one.")
+                raise ValueError(f"dataset: row {number} ({row[self._column]}) has no response; add a response.")
             rows.append({**features, self._column: row[self._column]})
         return rows

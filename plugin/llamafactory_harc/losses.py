@@ -19,7 +19,7 @@ def coupling(refusal: Tensor, harm: Tensor, harmful: Tensor, margin: float) -> T
 
 
 def kl_to_base(adapted: Tensor, base: Tensor) -> Tensor:
-    """Averages KL(base || adapted) over tokens ``[N, V]``, those of all processes; 0 if there are none."""
+    """Averages KL(base || adapted) over the tokens ``[N, V]`` of all processes; 0 if there are none."""
     inputs, targets = (logits.float().log_softmax(-1) for logits in (adapted, base))
     total = functional.kl_div(inputs, targets, reduction="sum", log_target=True)
     (count,) = sum_over_ranks(torch.tensor(len(base), device=total.device))

@@ -1,4 +1,4 @@
-"""HARC in transformers' Trainer, and in every trainer that is built on it."""
+"""HARC in transformers' Trainer, and in every trainer built on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +19,18 @@ from .data import HarcCollator, MixtureSampler, chat_tail, read_rows
 
 #: Arguments of a Trainer that must not be set, and why.
 _REFUSED = {
-    "use_liger_kernel": "fused losses compute no logits, which the KL term compares",
-    **dict.fromkeys(("packing", "padding_free"), "the samples in a row have no single prompt and response"),
+    "use_liger_kernel": "fused losses skip the logits that the KL term compares",
+    **dict.fromkeys(("packing", "padding_free"), "a packed row has no single prompt and response"),
     "auto_find_batch_size": "batches have a fixed mixture",
 }
 
 
 class HarcTrainerMixin(MethodTrainerMixin):
-    """Adds HARC's term, with the ``harc_*`` keys in ``harc``, to the loss of the trainer that it is put in front of.
+    """Adds HARC's term, configured by the ``harc_*`` keys in ``harc``, to the loss of the trainer listed after it.
 
-    Rows of ``train_dataset`` have ``input_ids``, ``labels`` (or TRL's ``completion_mask``) and the column of their
-    class. ``tail`` contains the template's tokens between the user's text and the response; the default is that of the
-    chat template. Raises ``ValueError`` if a setting, the data or the model does not fit.
+    Rows of ``train_dataset`` have ``input_ids``, ``labels`` (or TRL's ``completion_mask``) and the class column.
+    ``tail`` contains the template's tokens between the user's text and the response; by default, those of the chat
+    template. Raises ``ValueError`` if a setting, the data or the model is unsuitable.
     """
 
     def __init__(self, *args: Any, harc: HarcConfig, tail: Sequence[int] | None = None, **kwargs: Any) -> None:
@@ -54,9 +54,9 @@ class HarcTrainerMixin(MethodTrainerMixin):
             if value := getattr(self.args, key, None):
                 raise ValueError(f"{key}: {value} does not work with HARC, because {why}; remove it.")
         if self.is_fsdp_enabled:
-            raise ValueError("fsdp: HARC's pass without the adapter was tested with DDP and DeepSpeed only; use one.")
+            raise ValueError("fsdp: HARC's pass without the adapter was tested only in DDP and DeepSpeed; use either.")
         if not isinstance(self.model, PeftModel) or self.model.active_peft_config.is_prompt_learning:
-            raise ValueError("model: it has no LoRA adapter, and HARC compares it with itself without one; add one.")
+            raise ValueError("model: HARC compares it with and without its LoRA adapter, but it has none; add one.")
         if self.args.n_gpu > 1:
             raise ValueError(f"n_gpu: {self.args.n_gpu} devices in one process do not work; use torchrun.")
 
@@ -73,9 +73,9 @@ class HarcTrainerMixin(MethodTrainerMixin):
         return self._mixture
 
     def with_term(self, loss: Tensor, term: Tensor) -> Tensor:
-        """Adds the term to the trainer's loss, which is not a number if the micro-batch has no harmful row."""
+        """Adds the term to the loss, or returns it alone if the loss is NaN for lack of harmful rows."""
         return term if self.coupler.unlabeled else super().with_term(loss, term)
 
 
 class HarcTrainer(HarcTrainerMixin, Trainer):
-    """transformers' Trainer with HARC, which needs the tokenizer as ``processing_class``."""
+    """transformers' Trainer with HARC; pass the tokenizer as ``processing_class``."""

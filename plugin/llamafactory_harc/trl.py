@@ -1,4 +1,4 @@
-"""HARC in TRL's ``SFTTrainer``, on rows ``prompt`` and ``completion`` (lists of messages) with their class."""
+"""HARC in TRL's ``SFTTrainer``, for rows with ``prompt``, ``completion`` (both lists of messages) and a class."""
 
 from trl import SFTTrainer
 

@@ -1,4 +1,4 @@
-"""The command ``llamafactory-hera``. Each subcommand imports its modules when it runs."""
+"""The ``llamafactory-hera`` command. Each subcommand imports its modules when it runs."""
 
 import argparse
 import gc
@@ -29,9 +29,9 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    doctor = command("doctor", _doctor, "check the installation or, without loading weights, a recipe")
+    doctor = command("doctor", _doctor, "check the installation, or check a recipe without loading weights")
     doctor.add_argument("recipe", metavar="RECIPE.yaml", nargs="?", help="a recipe for llamafactory-cli train")
-    doctor.add_argument("--processes", type=int, default=1, help="processes of the run (default: %(default)s)")
+    doctor.add_argument("--processes", type=int, default=1, help="number of processes (default: %(default)s)")
     _take_overrides(doctor)
 
     select = command("select", _select, "score every attention head and write a recipe with the selected heads")
@@ -48,38 +48,38 @@ def _parser() -> argparse.ArgumentParser:
     _take_overrides(score)
 
     report = command("report", _report, "write a page about a run: its heads before and after training")
-    several = "score files, or folders with one; give the one before training first"
-    report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or the folder of one scored run")
+    several = "score files or their folders; list the file from before training first"
+    report.add_argument("files", metavar="SCORES", nargs="+", help=f"{several}; or one scored run's folder")
     report.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    report.add_argument("--aligned", metavar="HEADS", help="names or a heads.json (default: those of the last run)")
+    report.add_argument("--aligned", metavar="HEADS", help="head names or a heads.json (default: the last run's)")
     report.add_argument("--eval", metavar="FOLDER", help="output folder of llamafactory-hera eval, to add its tables")
     report.add_argument("--output", default="hera_report", help="writes OUTPUT.html (default: %(default)s)")
 
-    gallery = command("gallery", _gallery, "show the images that a head, and the teacher, consider most similar")
+    gallery = command("gallery", _gallery, "show the images that a head and the teacher consider most similar")
     gallery.add_argument("files", metavar="SCORES", nargs="+", help=several)
     gallery.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each file")
-    gallery.add_argument("--heads", help="names or a heads.json (default: worst, median and best of the first)")
-    gallery.add_argument("--small", action="store_true", help="write only OUTPUT.png: two queries and one head")
-    gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png and so on (%(default)s)")
+    gallery.add_argument("--heads", help="names or a heads.json (default: the first file's worst, median and best)")
+    gallery.add_argument("--small", action="store_true", help="write only OUTPUT.png, with two queries and one head")
+    gallery.add_argument("--output", default="hera_gallery", help="writes OUTPUT_L3H4.png etc. (default: %(default)s)")
 
     heads = command("heads", _heads, "share selected heads on the hub (push), or fetch them (pull)")
     heads.add_argument("action", choices=("push", "pull"))
-    heads.add_argument("source", help="push: a run, or a heads.json; pull: the id of a repository, OWNER/NAME")
+    heads.add_argument("source", help="push: a run or a heads.json; pull: the repository id, OWNER/NAME")
     heads.add_argument("target", help="push: OWNER/NAME, new or existing; pull: a folder")
-    heads.add_argument("--private", action="store_true", help="push: only you can read a new repository")
+    heads.add_argument("--private", action="store_true", help="push: make a new repository private")
 
-    evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, next to the paper's numbers")
+    evaluate = command("eval", _eval, "evaluate models and adapters with lmms-eval, and add the paper's numbers")
     evaluate.add_argument("models", metavar="MODEL", nargs="*", help="folder or hub id; the first is the reference")
     evaluate.add_argument("--suite", default="demo", help="demo, paper, hallucination, or a .json file of questions")
     evaluate.add_argument("--tasks", metavar="TASK", nargs="+", default=(), help="run only these tasks of the suite")
     evaluate.add_argument("--data", metavar="FOLDER", help="folder with a subfolder per task (default: use the hub)")
     evaluate.add_argument("--output", metavar="DIR", default="saves/eval", help="results (default: %(default)s)")
-    evaluate.add_argument("--batch-size", type=int, default=16, help="samples in a batch (default: %(default)s)")
+    evaluate.add_argument("--batch-size", type=int, default=16, help="samples per batch (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="use only the first N samples of each task")
-    evaluate.add_argument("--check", action="store_true", help="only list what each task lacks; load no model")
+    evaluate.add_argument("--check", action="store_true", help="only list each task's missing requirements")
     evaluate.add_argument("--names", metavar="NAME", nargs="+", default=(), help="a name for each model")
     evaluate.add_argument("--paper", metavar="BACKBONE", choices=LANGUAGE_MODELS, help="add the paper's columns")
-    aspect = "pad: pad images to squares with the mean color; models built with pad do it anyway (%(default)s)"
+    aspect = "pad: pad images to squares with the mean color; models built with pad always do so (%(default)s)"
     evaluate.add_argument("--image-aspect-ratio", choices=("none", "pad"), default="none", help=aspect)
 
     build = command("build", _build, "assemble a LLaVA-style model from an LLM and a vision encoder")
@@ -91,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--seed", type=int, default=0, help="seed of the projector (default: %(default)s)")
 
     recipes = command("recipes", _recipes, "list the shipped recipes, or copy them")
-    recipes.add_argument("name", nargs="*", help="list only the recipes whose names contain one of these")
-    recipes.add_argument("--copy-to", metavar="FOLDER", help="copy all recipes to FOLDER/recipes; run them in FOLDER")
+    recipes.add_argument("name", nargs="*", help="list only recipes with one of these words in their names")
+    recipes.add_argument("--copy-to", metavar="FOLDER", help="copy recipes to FOLDER/recipes; run them from FOLDER")
 
     calibrate = command("calibrate", _calibrate, "calibrate attention heads without training (RAH-LoRA)")
     calibrate.add_argument("recipe", metavar="RECIPE.yaml", help="recipe with the model, dataset and rah_* keys")
@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _take_overrides(parser: argparse.ArgumentParser) -> None:
-    """Declares ``key=value`` arguments; :func:`main` also collects those that follow an option."""
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys that replace those of the recipe")
+    """Declares ``key=value`` arguments; :func:`main` also collects any that follow an option."""
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the recipe's")
 
 
 def _is_override(word: str) -> bool:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
     if parsed.run in (_select, _score, _calibrate):
-        # at its default level, the host logs every configuration that it loads, which would bury the table
+        # at its default log level, the host prints every configuration that it loads, which would bury the table
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
     try:
@@ -150,23 +150,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_paths(args: argparse.Namespace) -> None:
-    """Refuses files and folders that do not exist, before a command imports torch or the host for seconds."""
+    """Refuses missing files and folders before a command spends seconds on importing torch or the host."""
     models, recipe = getattr(args, "checkpoints", []), getattr(args, "recipe", None)
-    # a hub id has one slash, after the name of an owner that is no folder here
+    # a hub id has one slash, and no local folder has its owner's name
     local = [name for name in models if name.count("/") != 1 or os.path.isdir(os.path.dirname(name))]
     for name in (*local, *getattr(args, "files", ()), *([recipe] if recipe else [])):
         if not os.path.exists(name) and not _is_override(name):
             raise ValueError(f"{name}: no such file or folder.")
     words = [*models, *getattr(args, "overrides", ())]
     if args.run is _score and not recipe and not any(_is_recipe(w) or w.startswith("dataset=") for w in words):
-        raise ValueError(f"score: no dataset is named to score {models[0]} with; add --recipe RECIPE.yaml.")
+        raise ValueError(f"score: {models[0]} needs a dataset; add --recipe RECIPE.yaml.")
 
 
 # -- the subcommands -------------------------------------------------------------------------------------------------
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    gc.disable()  # garbage collection would take a quarter of the time, and imports leave no garbage
+    gc.disable()  # garbage collection would take a quarter of the time, but imports leave no garbage
     if args.recipe is not None:
         from .integrations.llamafactory.dry_run import check_recipe
 
@@ -229,7 +229,7 @@ def _heads(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from .evaluation.run import evaluate
 
-    # Data in LLaVA's format have a line break after an image. LLaMA-Factory, which writes this log, trains with it.
+    # LLaMA-Factory, which writes this log, trains with the line break that LLaVA's data have after an image.
     return evaluate(args, image_newline=lambda folder: (folder / "trainer_log.jsonl").is_file())
 
 
@@ -248,7 +248,7 @@ def _recipes(args: argparse.Namespace) -> int:
     from .backbones.table import copy_recipes, shipped_recipes
 
     if args.copy_to is not None:
-        print(f"copied to {copy_recipes(args.copy_to)}; run them in {args.copy_to}")
+        print(f"copied to {copy_recipes(args.copy_to)}; run them from {args.copy_to}")
         return 0
     found = shipped_recipes()
     chosen = {n: t for n, t in found.items() if not args.name or any(part in n for part in args.name)}
@@ -260,7 +260,7 @@ def _recipes(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    # one device, because the host refuses several devices in one process
+    # The host refuses several devices in one process.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     from .calibration.report import render_summary
     from .calibration.run import calibrate_heads
@@ -283,7 +283,7 @@ def _of_stage(function: str, args: argparse.Namespace) -> int:
 
 
 def _relaunched() -> int | None:
-    """Reruns this command with one process per device and returns its exit status; None if one process is enough.
+    """Reruns this command with one process per device and returns the exit status, or None if one process is enough.
 
     ``FORCE_TORCHRUN=1`` and ``NPROC_PER_NODE`` have the same effect as in llamafactory-cli.
     """

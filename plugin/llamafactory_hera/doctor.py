@@ -24,7 +24,7 @@ class _Finding(NamedTuple):
 
 def run_doctor() -> int:
     """Prints the report and returns the exit status: 0 if it lists no problem, 1 otherwise."""
-    logging.disable(logging.WARNING)  # DeepSpeed warns about a machine without a GPU when it is imported
+    logging.disable(logging.WARNING)  # DeepSpeed warns on import if the machine has no GPU
     findings = [*_packages(), *_patches()]
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -32,7 +32,7 @@ def run_doctor() -> int:
         if finding.remedy is not None:
             print(f"    {'':<{width}}  -> {finding.remedy}")
     problems = sum(finding.remedy is not None for finding in findings)
-    print(f"\n{problems} problem(s) found; a remedy follows each." if problems else "\nNo problem found.")
+    print(f"\n{problems} problem(s) found; remedies are above." if problems else "\nNo problem found.")
     return 1 if problems else 0
 
 
@@ -47,7 +47,7 @@ def _packages() -> Iterator[_Finding]:
 
 
 def _host() -> Iterator[_Finding]:
-    """Reports LLaMA-Factory and its patches. Each needs the other, and the other hosts need neither."""
+    """Reports LLaMA-Factory and its patches, which need each other; other hosts need neither."""
     patches = _version(PATCHES) if find_spec("hera_patches") else None
     host = _version("llamafactory")
     if patches is None:
@@ -84,7 +84,7 @@ def _import_error(module: str) -> str | None:
 
 def _patches() -> Iterator[_Finding]:
     if not all(map(find_spec, ("llamafactory", "hera_patches"))):
-        return  # already in the report
+        return  # _host() has reported the missing package
     from hera_patches import disabled, installed, patches
     from hera_patches.registry import MISFITS
 
@@ -92,13 +92,13 @@ def _patches() -> Iterator[_Finding]:
         yield _Finding("patches", "disabled by HERA_DISABLE", "unset HERA_DISABLE to train with stage: hera")
         return
     if not installed():
-        text = "not active: this Python has no llamafactory_hera_patches.pth in a site-packages folder, or ignores it"
+        text = "not active: llamafactory_hera_patches.pth is missing from site-packages, or this Python ignores it"
         yield _Finding("patches", text, f"run Python without -S, or install {PATCHES} again: {PATCHES_INSTALL}")
         return
     for host, patch in patches().items():
         name = f"patch {patch.name}"
         if error := _import_error(host):
-            yield _Finding(name, f"{host}: {error}", f"repair it: {PINNED_INSTALL}")
+            yield _Finding(name, f"{host}: {error}", f"reinstall: {PINNED_INSTALL}")
         elif misfit := MISFITS[patch.name]:
             remedy = f"install LLaMA-Factory {TESTED_HOST}: {PINNED_INSTALL}"
             yield _Finding(name, f"does not fit: {misfit}. {patch.summary}", remedy)

@@ -234,7 +234,7 @@ def test_weights_that_are_nan_are_refused(llm, build, tmp_path):
 
 
 def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm, build, tmp_path):
-    match = r"^--language-model: .* has no tokenizer, or that of a different model; copy tokenizer\.json"
+    match = r"^--language-model: .* has no tokenizer, or another model's; copy this model's tokenizer\.json"
     small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
     refuse(build, tmp_path, match, llm=small)
     for path in llm.glob("tokenizer*"):

@@ -115,7 +115,7 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
         ([], "MODEL: give one or more models"),
         (["nowhere"], "MODEL: nowhere is not a folder"),
         (["orphan"], "base_model_name_or_path of the adapter orphan: saves/gone is not a folder"),
-        ([str(folder), str(folder)], "with --names a different name for each"),
+        ([str(folder), str(folder)], "each with a different name"),
         ([str(folder), "--suite", "vision"], "--suite: vision is unknown; choose demo, paper, hallucination, or a"),
         ([str(folder), "--tasks", "pope"], "--tasks: pope is not in the suite demo; choose from demo_questions"),
         ([str(folder), "--data", "nowhere"], "nowhere is not a folder; give the folder that contains demo_questions"),
@@ -127,7 +127,7 @@ def test_bad_arguments_are_refused_in_one_line(folder, data, tmp_path, monkeypat
 
 @pytest.mark.parametrize("need, lacks", [
     ("token", "a hub token"),
-    ("data", "its data (give --data"),
+    ("data", "its data (set --data"),
     ("nltk:corpora/wordnet", "nltk's corpora/wordnet"),
     ("spacy:en_core_web_lg", "spaCy's en_core_web_lg"),
     ("env:AMBER_BASE_DIR", "AMBER's data (set AMBER_BASE_DIR"),

@@ -70,7 +70,7 @@ def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(plac
         ({"packing": True}, "packing: True does not work with stage: harc"),
         ({"val_size": 0.1}, "val_size: 0.1 does not work with stage: harc"),
         ({"dataset": "unanswered"}, r"row 0 .harmful. has no response"),
-        ({"harc_column": "other"}, "harc_column: mixed.json has no column other"),
+        ({"harc_column": "other"}, "harc_column: mixed.json has no `other` column"),
         ({"harc_margn": 0.3}, "harc_margn: no such key; did you mean harc_margin"),
     ],
 )

@@ -61,7 +61,7 @@ def test_layers_are_chosen_by_the_product_of_the_four_cosines():
     found = {number: float(score) for number, score in enumerate(geometry.scores(directions), 1) if score.isfinite()}
     assert found == pytest.approx(naive, rel=1e-4)
     assert geometry.best_layers(directions, 3) == tuple(sorted(sorted(naive, key=naive.__getitem__)[-3:]))
-    with pytest.raises(ValueError, match="harc_layers: auto needs 8 blocks, and the model has 7"):
+    with pytest.raises(ValueError, match="harc_layers: auto needs 8 blocks, but the model has 7"):
         geometry.best_layers(directions[:, :7], 1)
 
 
@@ -142,7 +142,7 @@ def test_long_rows_lose_the_beginning_of_the_prompt_and_the_end_of_the_response(
 
 def test_a_template_without_a_tail_is_refused():
     assert tiny.tokenizer().decode(TAIL) == "<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="template: no token follows"):
+    with pytest.raises(ValueError, match="template: no token after"):
         template_tail(lambda text: tiny.tokenizer()(text)["input_ids"])
 
 
@@ -158,7 +158,7 @@ def _spoiled(**changes: Any) -> list[dict[str, Any]]:
             "0 harmful, 10 harmless, 10 pseudo, 10 compliant",
         ),
         ([row for row in tiny.encoded() if row["kind"] != "harmless"], "10 harmful, 0 harmless"),
-        ([row for row in tiny.encoded() if row["kind"] != "compliant"], "1 compliant one"),
+        ([row for row in tiny.encoded() if row["kind"] != "compliant"], "1 compliant; add rows"),
         (_spoiled(kind="bad"), "harc_column: row 0 has kind: 'bad'"),
         (_spoiled(labels=None), r"row 0 \(harmful\) has neither labels nor TRL's completion_mask"),
         (_spoiled(labels=[-100] * 4), r"row 0 \(harmful\) has no response"),
@@ -191,5 +191,5 @@ def test_batches_are_fixed_mixtures_of_endless_streams_that_continue_over_epochs
     assert harmful[:7] != harmful[7:14]
     one = MixtureSampler(train, 12, n_processes=1, seed=1)
     assert sorted([*one][:12]) == sorted(indices[:12])
-    with pytest.raises(ValueError, match="per_device_train_batch_size: 8 is no multiple of 6"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size: 8 is not a multiple of 6"):
         MixtureSampler(train, 8, 1, 0)

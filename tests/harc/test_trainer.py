@@ -130,8 +130,8 @@ def test_a_fused_loss_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": tiny.chat_model()}, "model: it has no LoRA adapter"),
-        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4 is no multiple of 6"),
+        ({"model": tiny.chat_model()}, "model: HARC compares it with and without its LoRA adapter"),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size: 4 is not a multiple of 6"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size: True does not work with HARC"),
         ({"harc": {"layers": "L4,L99"}}, "harc_layers: L99 does not exist; the model ends with L9"),
         ({"harc": {"layers": "L0"}}, "harc_layers: L0 is the embeddings"),

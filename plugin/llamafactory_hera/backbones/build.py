@@ -35,7 +35,7 @@ class BuiltModel(NamedTuple):
     folder: Path
     n_parameters: int
     image_token_id: int  #: The id of the token ``<image>``.
-    image_tokens: int  #: The number of tokens of one image.
+    image_tokens: int  #: The number of tokens per image.
     template: str | None  #: The training template of stage 2; None if no template fits the language model.
 
 
@@ -81,7 +81,7 @@ def build_backbone(
 
 
 def padded_vocabulary(rows: int, tokens: int) -> int:
-    """Returns ``rows`` if this is enough for all tokens, otherwise ``tokens`` rounded up to a multiple of 64."""
+    """Returns ``rows`` if they suffice for all tokens, otherwise ``tokens`` rounded up to a multiple of 64."""
     return rows if tokens <= rows else -(-tokens // 64) * 64
 
 
@@ -157,8 +157,8 @@ def _make_processor(language: Source, vision: Source, pad: bool) -> tuple[Any, i
     # transformers opens a folder without tokenizer files as an empty tokenizer.
     ids = set(tokenizer(_QUESTION, add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
     if not ids or max(ids) >= language.config.vocab_size:
-        remedy = "copy tokenizer.json and tokenizer_config.json of this model into it."
-        raise ValueError(f"{language.key}: {language.name} has no tokenizer, or that of a different model; {remedy}")
+        remedy = "copy this model's tokenizer.json and tokenizer_config.json into it."
+        raise ValueError(f"{language.key}: {language.name} has no tokenizer, or another model's; {remedy}")
     # A tokenizer that already has the token keeps its id.
     tokenizer.add_tokens([AddedToken(_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     smollm = "llava_smollm2" if "named SmolLM" in (tokenizer.chat_template or "") else None
@@ -188,7 +188,7 @@ def _chat_end(tokenizer: Any) -> int | None:
 
 
 def _chat_template(tokenizer: Any, template: str | None) -> str | None:
-    """Returns the language model's chat template or, without one, that of training; for hybrid Qwen3, plain ChatML."""
+    """Returns the language model's chat template, else the training template's; for hybrid Qwen3, plain ChatML."""
     chat = tokenizer.chat_template or _CHAT.get(template)
     if template == "llava_qwen3" and "enable_thinking" in (chat or ""):
         chat = _CHAT["chatml"]

@@ -16,9 +16,9 @@ from ..hub import local_folder, weight_files
 #: Names of the token embedding and of the output layer in a LLaVA checkpoint.
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 
-# Buffers that old checkpoints contain, and that transformers now computes.
+# Buffers in old checkpoints that transformers now computes.
 _COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-# Configuration keys by which models scale or cap their logits (Gemma 2, Granite, Cohere 2). LLaVA does neither.
+# Configuration keys that scale or cap a model's logits (Gemma 2, Granite, Cohere 2). LLaVA does neither.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -28,7 +28,7 @@ class Source(NamedTuple):
     key: str  #: The command-line option for this checkpoint.
     name: str  #: Folder or hub id.
     folder: Path
-    config: Any  #: The configuration; for a vision encoder, that of its vision half.
+    config: Any  #: The configuration; for a vision encoder, only its vision half.
 
 
 class Tower(NamedTuple):
@@ -36,10 +36,10 @@ class Tower(NamedTuple):
 
     prefix: str  #: The prefix of the encoder's names in a checkpoint that also contains other parts.
     llava_prefix: str  #: The prefix of the same names in a LLaVA checkpoint.
-    has_cls: bool  #: The first output token is a CLS token, which LLaVA omits.
+    has_cls: bool  #: True if the first output token is a CLS token, which LLaVA omits.
 
 
-#: ``model_type`` of the vision configuration -> layout. SigLIP2 of fixed resolution has SigLIP's type.
+#: ``model_type`` of the vision configuration -> layout. SigLIP2 models of fixed resolution have SigLIP's type.
 TOWERS = {
     "clip_vision_model": Tower("vision_model.", "vision_tower.vision_model.", has_cls=True),
     "siglip_vision_model": Tower("vision_model.", "vision_tower.vision_model.", has_cls=False),
@@ -54,7 +54,7 @@ def open_language(name: str) -> Source:
     source = _open("--language-model", name, "a language model such as Qwen/Qwen3-8B")
     config = source.config
     if config.model_type not in FAMILIES or any(getattr(config, key, None) not in (None, 1) for key in _LOGIT_CHANGES):
-        raise _unsupported(source, FAMILIES, "that does not scale or cap its logits. Finished VLMs need no build")
+        raise _unsupported(source, FAMILIES, "without scaled or capped logits (finished VLMs need no build)")
     return source
 
 
@@ -70,7 +70,7 @@ def open_vision(name: str) -> Source:
 
 
 def language_weights(source: Source) -> dict[str, Tensor]:
-    """Reads a language model under its LLaVA names; an output layer that differs unties the embeddings."""
+    """Reads a language model under LLaVA's names, and unties the embeddings if its output layer differs."""
     weights = {f"language_model.{name}": tensor for name, tensor in _read(source).items()}
     if EMBEDDING not in weights:
         raise ValueError(f"{source.key}: {source.name} has no model.embed_tokens; give a causal language model.")

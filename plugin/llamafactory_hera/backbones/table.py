@@ -1,4 +1,4 @@
-"""The backbones of ``models.yaml``, the source of recipes and model lists, and the shipped recipes."""
+"""The backbones in ``models.yaml`` (the source of recipes and model lists), and the shipped recipes."""
 
 import shutil
 from collections.abc import Mapping
@@ -24,16 +24,16 @@ class Backbone(NamedTuple):
 
     @property
     def heads(self) -> str:
-        """The heads that the paper aligned, as a value of ``hera_heads``; empty for models that it does not use."""
+        """The heads that the paper aligned, as a value of ``hera_heads``; empty for models not in the paper."""
         return PAPER_HEADS.get(self.checkpoint, "")
 
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
-#: The vision encoder and the teacher of all LLaVA-style models of the paper.
+#: The vision encoder and the teacher of all LLaVA-style models in the paper.
 VISION_MODEL, TEACHER = _TABLE["vision_model"], _TABLE["teacher"]
-#: The LLMs of the paper, by key; `build` combines each with :data:`VISION_MODEL`.
+#: The LLMs in the paper, by key; `build` combines each with :data:`VISION_MODEL`.
 LANGUAGE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["language_models"].items()}
-#: Finished VLMs, by key, which are trained without `build`.
+#: Finished VLMs, by key; they are trained without `build`.
 NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_models"].items()}
 
 
@@ -45,7 +45,7 @@ def recipes_folder() -> Path:
     for file in distribution("llamafactory-hera").files or ():
         if file.as_posix().endswith("share/llamafactory-hera/recipes/README.md"):
             return Path(file.locate()).resolve().parent
-    raise ValueError("recipes: this installation contains none; use the folder recipes/ of a clone of the repository.")
+    raise ValueError("recipes: this installation contains none; use the recipes/ folder in a clone of the repository.")
 
 
 def shipped_recipes() -> dict[str, str]:

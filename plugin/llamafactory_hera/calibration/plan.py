@@ -18,7 +18,7 @@ from .weights import Edit, HeadWeights, Scaled, Slice, Update, applied
 
 
 class Anchor(NamedTuple):
-    """An anchor of a chosen head, with the similarity of the two heads (eq. 9) and its two parts."""
+    """An anchor of a chosen head; ``similarity`` is the weighted mean of the other two values (eq. 9)."""
 
     head: Target
     similarity: float
@@ -31,7 +31,7 @@ class Plan(NamedTuple):
 
     heads: list[Target]  #: The chosen heads, highest CAF first.
     anchors: dict[Target, list[Anchor]]  #: The anchors of each chosen head, most similar first.
-    updates: list[Update]  #: Ordered by the first head of each update.
+    updates: list[Update]  #: In the order of their first occurrence in ``heads``.
 
 
 def make_plan(profile: Profile, weights: HeadWeights, config: RahConfig) -> Plan:
@@ -137,7 +137,7 @@ def trimmed_mean(stack: Tensor, trim: float) -> Tensor:
 def low_rank(difference: Tensor, rank: int | Literal["full"]) -> tuple[Tensor, Tensor]:
     """Factors the nearest matrix of the given rank (eq. 13) into ``[m, r]`` and ``[r, n]``, in fp32.
 
-    ``r`` is smaller than the rank, down to 0, if fewer singular values exceed rounding noise.
+    ``r`` is below the rank, down to 0, if fewer singular values than that exceed rounding noise.
     """
     u, sigma, v = torch.linalg.svd(difference.float(), full_matrices=False)
     noise = torch.finfo(sigma.dtype).eps * max(difference.shape) * sigma[:1]
@@ -166,7 +166,7 @@ class Outcome(NamedTuple):
     """The results for all updates, in the order of the plan."""
 
     trials: Sequence[Trial] = ()
-    kl_before: float = 0.0  #: The KL divergence of all updates together, before any was rolled back.
+    kl_before: float = 0.0  #: The KL divergence of all updates together, before any rollback.
     kl: float = 0.0  #: The KL divergence of the updates that remain.
 
     @property
@@ -176,7 +176,7 @@ class Outcome(NamedTuple):
 
 
 def try_updates(updates: Sequence[Update], kl: Divergence, config: RahConfig) -> Outcome:
-    """Finds a step size for each update, then rolls back the last ones until the rest stay within the bound.
+    """Finds a step size for each update, then rolls back the last updates until the rest stay within the bound.
 
     The step size is the first of ``alpha_max``, ``alpha_max / 2``, … at which the divergence ``kl`` is at most
     ``delta`` (text below eq. 15). The updates are ordered by CAF, highest first, so the least influential ones are
@@ -210,7 +210,7 @@ def _try(update: Update, kl: Divergence, config: RahConfig) -> Trial:
 def held_out_divergence(
     forward: Forward, weights: HeadWeights, features: Sequence[Features], collate: Collate, config: RahConfig
 ) -> Divergence:
-    """Runs the unchanged model on held-out samples (B in eq. 15), and returns a measure of divergence from it.
+    """Runs the unchanged model on held-out samples (B in eq. 15), and returns a function for divergence from it.
 
     The logits of the unchanged model stay on the CPU. A divergence is averaged over tokens, then over samples.
     """
@@ -230,7 +230,7 @@ def held_out_divergence(
         with applied(weights, steps):
             for batch, before in unchanged:
                 after, counted = counted_logits(forward, batch, config.positions)
-                # One sample at a time, because two fp32 distributions over the vocabulary take much memory.
+                # Go one sample at a time: two fp32 distributions over the vocabulary take a lot of memory.
                 for base, changed, mask in zip(before, after, counted, strict=True):
                     log_p = torch.log_softmax(base[mask.cpu()].to(after.device).float(), dim=-1)
                     log_q = torch.log_softmax(changed[mask].float(), dim=-1)

@@ -30,7 +30,7 @@ def describe(
         "rah_delta: 0 allows no change of the model": config.delta == 0,
         "no head in the calibrated layers has low I-SAL and high CAF": not plan.heads,
         "no chosen head has an anchor: no head within two layers has enough I-SAL (rah_beta)": not plan.updates,
-        "no update remains, because each one was rolled back or equals its anchors": True,
+        "no update remains: all were rolled back, or their heads already equal their anchors": True,
     }
     return {
         "calibrated": [str(head) for update, _ in outcome.accepted for head in update.heads],
@@ -55,7 +55,7 @@ def describe(
 
 
 def _outcome_of(trial: Trial | None, state_without: str) -> dict[str, Any]:
-    """Returns the outcome of a head's update; a head without one has the state ``state_without``."""
+    """Returns the outcome of a head's update; ``state_without`` is the state of a head without an update."""
     steps = trial.tried if trial else ()
     outcome = {"state": trial.state if trial else state_without, "alpha": trial.alpha if trial else 0.0}
     return outcome | {"kl": steps[-1][1] if steps else None, "tried": [{"alpha": a, "kl": kl} for a, kl in steps]}

@@ -43,7 +43,7 @@ class CalibrationInputs:
     model_name: str  #: The base model of the adapter.
     dataset_name: str
     adapter_names: Sequence[str] = ()  #: Adapters that ``load_model`` merges into the weights.
-    autocast: torch.dtype | None = None  #: The dtype of the computation, if it differs from that of the weights.
+    autocast: torch.dtype | None = None  #: The compute dtype, if it differs from the weights' dtype.
     num_workers: int = 0  #: Processes that decode images.
 
 
@@ -52,7 +52,7 @@ def calibrate_heads(
 ) -> dict[str, Any]:
     """Calibrates the heads of a model, writes the adapter, the report and the picture, and returns the report.
 
-    Raises ``ValueError`` for bad input, and then leaves the files of an earlier calibration unchanged.
+    Bad input raises ``ValueError`` and leaves the files of an earlier calibration unchanged.
     """
     _check_folder(folder)
     profiled, held_out = samples or draw_samples(inputs.source, config)
@@ -102,7 +102,7 @@ def check_tokens(forward: Forward, samples: Sequence[Sample]) -> None:
         if len({token in forward.media for token in sample.features["input_ids"]}) < 2:
             raise ValueError(
                 f"dataset: sample {sample.row} (counted from 0) has no image token or no text token; check that its "
-                "text contains <image>, and that the template belongs to the model."
+                "text contains <image>, and that the template fits the model."
             )
 
 
@@ -129,9 +129,9 @@ def _check_folder(folder: Path) -> None:
     report = folder / REPORT_FILE
     check_replaceable({report: '"calibrated"', folder / PICTURE_FILE: PICTURE})
     written = report.stat().st_mtime_ns if report.exists() else 0
-    # A calibration writes its report last. An adapter that is newer has been trained or replaced since.
-    killed = (folder / _UNFINISHED).exists()  # before it wrote the report
+    # A calibration writes its report last. A newer adapter has been trained or replaced since then.
+    killed = (folder / _UNFINISHED).exists()  # killed before it wrote the report
     foreign = [path for path in folder.glob("adapter_*") if path.stat().st_mtime_ns > written and not killed]
     foreign += [*weight_files(folder, required=False), *(path for name in _OF_RUNS for path in folder.glob(name))]
     if foreign:
-        raise ValueError(f"output_dir: {folder} contains {foreign[0].name}, which no calibration wrote last; move it.")
+        raise ValueError(f"output_dir: {folder} contains {foreign[0].name}, which no calibration wrote; move it.")

@@ -1,5 +1,5 @@
 # Do not import `annotations` from `__future__` here: KeyedConfig reads the annotations as types.
-"""The ``rah_*`` keys of a calibration. A default is the paper's unless the help text of its key says "ours"."""
+"""The ``rah_*`` keys of a calibration. Defaults are the paper's unless a key's help text says "ours"."""
 
 import re
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class RahConfig(KeyedConfig):
     samples: int = knob(
         100, "Number of samples to draw, including the held-out ones; no image is drawn twice.", at_least=1
     )
-    held_out: int = knob(32, "Number of drawn samples that are reserved for the trust region (ours).", at_least=1)
-    probes: int = knob(32, "Number of samples for CAF, taken from those that are not held out.", at_least=1)
+    held_out: int = knob(32, "Number of drawn samples reserved for the trust region (ours).", at_least=1)
+    probes: int = knob(32, "Number of samples for CAF, taken from the samples that are not held out.", at_least=1)
     seed: int = knob(0, "Seed of the sample draw and of randomly chosen heads.", at_least=0)
     batch_size: int = knob(4, "Samples per forward pass; halved when memory runs out (ours).", at_least=1)
     text: Text = knob(
         "conversation", "Text to read: the conversation with its answers, or the prompt of the last answer (ours)."
     )
     positions: Positions = knob(
-        "text", "Tokens that count in the margin loss and the KL divergence: text tokens, all, or the last one (ours)."
+        "text", "Tokens that count in the margin loss and the KL divergence: text, all, or only the last (ours)."
     )
     layers: str = knob("first_half", f"Layers whose heads may be calibrated: {_LAYERS}.")
     targets: Literal["paper", "no_caf", "random", "inverse"] = knob(
@@ -40,15 +40,15 @@ class RahConfig(KeyedConfig):
         "(random), or high I-SAL and high CAF (inverse).",
     )
     p_isal: float = knob(
-        15.0, "Percentile of I-SAL in the layer below which a head is a candidate (eq. 6).", at_least=0, at_most=100
+        15.0, "Candidates have an I-SAL below this percentile of their layer (eq. 6).", at_least=0, at_most=100
     )
     p_caf: float = knob(
-        70.0, "Percentile of CAF in the layer above which a candidate is chosen (eq. 7).", at_least=0, at_most=100
+        70.0, "Chosen candidates have a CAF above this percentile of their layer (eq. 7).", at_least=0, at_most=100
     )
     caf_lambda: float = knob(1.0, "Weight of the squared gradients in CAF (eq. 5; ours).", at_least=0)
     beta: float = knob(
         1.0,
-        "Number of standard deviations by which an anchor's I-SAL must exceed its layer's mean (eq. 8; ours).",
+        "An anchor's I-SAL must exceed its layer's mean by this many standard deviations (eq. 8; ours).",
         at_least=0,
     )
     update: Literal["calibrate", "prune"] = knob(
@@ -56,7 +56,7 @@ class RahConfig(KeyedConfig):
         "How to change the chosen heads: move them toward their anchors (calibrate), or remove their output "
         "regardless of the KL divergence (prune, a baseline of the paper).",
     )
-    k: int = knob(3, "Anchors per head; 1 is the paper's ablation with the most similar anchor.", at_least=1)
+    k: int = knob(3, "Anchors per head; 1 keeps only the most similar anchor, an ablation in the paper.", at_least=1)
     rho: float = knob(
         0.6, "Weight of functional similarity (eq. 9); 1 ignores the weights, 0 the attention.", at_least=0, at_most=1
     )
@@ -68,10 +68,10 @@ class RahConfig(KeyedConfig):
         at_least=0,
         at_most=0.49,
     )
-    rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13), or full.", at_least=1)
+    rank: int | Literal["full"] = knob(8, "Rank of a head's update (eq. 13); full sets no limit.", at_least=1)
     delta: float = knob(0.05, "Bound on the mean KL divergence in nats (eq. 15); 0 allows no change.", at_least=0)
     alpha_max: float = knob(0.15, "Largest step size, which is tried first (eq. 15).", at_least=0, at_most=1)
-    halvings: int = knob(10, "Number of halvings of a step size before its update is rolled back (ours).", at_least=0)
+    halvings: int = knob(10, "Number of times to halve a step size before rolling its update back (ours).", at_least=0)
 
     def check(self) -> None:
         """Checks the keys against each other, and the syntax of the layers."""

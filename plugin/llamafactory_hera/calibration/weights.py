@@ -105,7 +105,7 @@ def applied(weights: HeadWeights, steps: Sequence[Scaled]) -> Iterator[None]:
 def save_adapter(folder: Path, weights: HeadWeights, steps: Sequence[Scaled], base_model: str) -> None:
     """Writes a PEFT LoRA adapter with scaling 1.
 
-    The factors of a projection are those of its edits, with step sizes applied, padded with zeros and concatenated.
+    A projection's factors are its edits' factors with step sizes applied, padded with zeros and concatenated.
     """
     from peft import LoraConfig, TaskType
 

@@ -1,4 +1,4 @@
-"""The command ``llamafactory-hera eval``: runs the tasks that have no result yet, and writes the table."""
+"""The ``llamafactory-hera eval`` command: runs the tasks that have no result yet, and writes the table."""
 
 import gc
 import hashlib
@@ -25,7 +25,7 @@ from .table import write_table
 def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda folder: False) -> int:
     """Evaluates models on a suite, writes ``OUTPUT/<suite>.md`` and ``.json``, and prints the table.
 
-    ``image_newline`` returns whether the model in a folder was trained with a line break after the images. The exit
+    ``image_newline`` returns True for a folder whose model was trained with a line break after the images. The exit
     status is 1 if a task failed or a requirement is missing; in a single-process run, the other tasks still run.
     """
     if importlib.util.find_spec("lmms_eval") is None:
@@ -49,7 +49,7 @@ def evaluate(args: Namespace, image_newline: Callable[[Path], bool] = lambda fol
         return int(any(lacking.values()))
     names = args.names or [Path(model).name for model in args.models]
     if not names or not len(set(names)) == len(names) == len(args.models):
-        raise ValueError("MODEL: give one or more models, and with --names a different name for each.")
+        raise ValueError("MODEL: give one or more models, each with a different name (--names).")
     from .vlm import model_folders, weights_digest  # importing torch takes time
 
     options, results = {}, {}
@@ -81,9 +81,9 @@ def missing(task: Task, data: Path | None) -> list[str]:
     """Lists the missing requirements of a task, with remedies."""
     local, lacks = task.find(data), []
     if local is None and ("data" in task.needs or os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")):
-        lacks.append(f"its data (give --data, a folder that contains {task.name} or {task.name}.json)")
+        lacks.append(f"its data (set --data to a folder that contains {task.name} or {task.name}.json)")
     elif local is None and "token" in task.needs and get_token() is None:
-        lacks.append(f"a hub token (run hf auth login, or give --data, a folder that contains {task.name})")
+        lacks.append(f"a hub token (run hf auth login, or set --data to a folder that contains {task.name})")
     for kind, _, name in (need.partition(":") for need in task.needs):
         if kind == "nltk":
             import nltk
@@ -152,7 +152,7 @@ def _run(args: Namespace, due: list, results: dict, options: dict, data: Path | 
             write_json(results[name][task], result)
         except Exception as error:
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise  # the other processes wait for this one
+                raise  # the other processes would wait for this one
             retried = getattr(error, "last_attempt", None)  # lmms-eval retries some calls
             cause = retried.exception() if retried else error
             if not isinstance(cause, ValueError):

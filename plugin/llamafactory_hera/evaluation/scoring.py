@@ -1,8 +1,8 @@
 """The functions that ``suites.yaml`` names: they prepare rows, judge answers, and compute scores from sums.
 
-The judges follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``), which the paper
-cites in appendix B, including its oddities. For instance, it does not find the letter in "answer is: A". The judges of
-the hallucination suite follow the code of each benchmark's authors.
+The judges follow Cambrian-1's evaluation code (github.com/cambrian-mllm/cambrian, ``eval/eval``; cited in the paper's
+appendix B), oddities included. For instance, they do not find the letter in "answer is: A". The judges of the
+hallucination suite follow the code of each benchmark's authors.
 """
 
 import os
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 #: Sums by name. A sum is a number, or an array with one number for each resample.
 Sums = Counter[str]
 
-# The paper's numbers were computed with the labels as first published; lmms-eval's copy corrects two pairs.
+# The paper's numbers were computed with the labels published first; lmms-eval's copy corrects two pairs.
 _MMVP_LABELS = {99: "(a)", 100: "(b)", 279: "(a)", 280: "(b)"}
 
 
@@ -31,7 +31,7 @@ def image(row: Row) -> list[Any]:
 
 
 def mmmu_prompt(row: Row) -> str:
-    """Formats the question and the options, without the markers of images."""
+    """Formats the question and the options, without image markers."""
     text = f"{row['question']}\nAnswer the question using a single word or phrase."
     if row["question_type"] == "multiple-choice":
         options = zip(string.ascii_uppercase, re.findall(r"'(.*?)'", row["options"]), strict=False)
@@ -53,7 +53,7 @@ def seed_rows(rows: Any) -> Any:
 
 
 def mmvp_rows(rows: Any) -> Any:
-    """Lower-cases the names of the columns, which differ between copies of the data, and splits the options."""
+    """Lower-cases the column names, which differ between copies of the data, and splits the options."""
     rows = rows.rename_columns({name: name.lower() for name in rows.column_names})
     texts = [re.split(r"\s*\([a-z]\)\s*", text.strip())[1:] for text in rows["options"]]
     return rows.add_column("texts", texts)
@@ -167,7 +167,7 @@ def blink(row: Row, answer: str) -> bool:
 
 
 def chair(row: Row, answer: str) -> dict[str, int]:
-    """Counts the COCO objects that a caption mentions, and how many of them the image does not show (CHAIR)."""
+    """Counts the COCO objects in a caption, and the objects among them that the image does not show (CHAIR)."""
     from lmms_eval.tasks.coco_cap_chair.utils import caption_to_words
 
     mentioned = caption_to_words(answer)[1]

@@ -49,7 +49,7 @@ class Task:
     group: str = ""  # a Jinja template; samples with the same text form a group
     kind: str = ""  # a Jinja template; becomes the category of a record
     rows: Callable[[Any], Any] | None = None  # changes the loaded dataset
-    comparable: str = "same"  # with the score of the paper: same, close or no; empty if the paper has none
+    comparable: str = "same"  # how comparable the paper's score is: same, close or no; empty without a score
     why: str = ""  # the reason, if `comparable` is close or no
 
     def record(self, row: Row, answers: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -60,7 +60,7 @@ class Task:
         return {"hera": record | {name: _template(text).render(row) for name, text in templates.items() if text}}
 
     def tally(self, records: Records) -> dict[Any, Sums]:
-        """Computes the sums of each group, in order; a record without a group counts as a group."""
+        """Computes the sums of each group, in order; a record without a group is its own group."""
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for place, record in enumerate(records):
             groups.setdefault(record.get("group", ("", place)), []).append(record)
@@ -109,7 +109,7 @@ class Task:
 
 
 def _open_images(folder: Path, process: Callable[[Any], Any] | None, rows: Any) -> Any:
-    """Replaces the paths in the column ``image``, which are relative to a folder, by images."""
+    """Replaces the paths in the ``image`` column, which are relative to a folder, with images."""
     from datasets import Image
 
     rows = rows.map(lambda row: {"image": str(folder / row["image"])}, keep_in_memory=True)
@@ -118,13 +118,13 @@ def _open_images(folder: Path, process: Callable[[Any], Any] | None, rows: Any) 
 
 @cache
 def _template(text: str) -> Any:
-    from lmms_eval.utils import env  # the environment of the prompts
+    from lmms_eval.utils import env  # renders the prompts, too
 
     return env.from_string(text)
 
 
 def _task(fields: dict[str, Any]) -> Task:
-    """Creates a task from its entry in ``suites.yaml``, and looks up the functions in that entry."""
+    """Creates a task from its entry in ``suites.yaml``, and looks up the functions that the entry names."""
     names = {key: fields[key] for key in ("prompt", "judge", "rows") if key in fields}
     named: dict[str, Any] = {key: getattr(scoring, name, name) for key, name in names.items()}
     score = fields.get("score", {"accuracy": ("right", "n")})

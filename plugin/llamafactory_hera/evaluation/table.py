@@ -1,4 +1,4 @@
-"""The table that compares models, as Markdown and JSON, with the scores that the paper reports."""
+"""The table that compares models with each other and with the paper's scores, as Markdown and JSON."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class Line:
     key: str  #: ``task``, or ``task/score`` if the task has several scores; for an average, the category.
     title: str
     n: int | None  #: The number of samples.
-    comparable: str  #: How comparable it is to the paper's score: same, close or no; empty if the paper has none.
+    comparable: str  #: How comparable the score is to the paper's: same, close or no; empty if the paper has none.
     why: str = ""  #: The reason if ``comparable`` is close or no.
     scale: float = 1.0  #: Multiplies the score in averages.
     average: bool = False
@@ -46,8 +46,8 @@ def write_table(
     """Writes a table as ``.md`` and ``.json``, and returns the two paths, which begin with ``path``.
 
     Each line contains the differences from the first model, with intervals from a paired bootstrap over sample groups.
-    The table of the suite "paper" also has averages of complete results. ``paper`` names a backbone, and the paper's
-    scores for it become additional columns.
+    The table of the suite "paper" also has averages of complete results. ``paper`` names a backbone whose scores
+    in the paper become additional columns.
     """
     paper_scores, models, generator = read_json(PAPER), list(results), np.random.default_rng(0)
     lines: list[Line] = []
@@ -86,7 +86,7 @@ def _lines(task: Task, files: Mapping[str, Mapping[Task, Path]], generator: np.r
         in_category = sum(sums[f"{score}/n"] for sums in tallies[first].values())
         lines[score] = Line(key, title, in_category or n, *remark, 0.05 if task.title == "MME" else 1.0)
     for model, result in results.items():
-        for score, line in lines.items() if result["n"] == n else ():  # a line has scores of the same samples
+        for score, line in lines.items() if result["n"] == n else ():  # a line compares scores on the same samples
             line.values[model] = result["scores"][score]
         if model != reference and list(tallies[model]) == list(tallies.get(reference, ())):
             before, after = _resample(task, [tallies[reference], tallies[model]], generator)

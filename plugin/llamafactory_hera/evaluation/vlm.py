@@ -1,4 +1,4 @@
-"""The model class ``hera_vlm`` for lmms-eval: a multimodal chat model of transformers, or an adapter of one."""
+"""The ``hera_vlm`` model class for lmms-eval: a multimodal chat model from transformers, or an adapter for it."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ _SETTINGS = re.compile("(config|generation_config|.*processor_config|.*token|cha
 
 
 class HeraVLM(lmms):
-    """Answers greedily and in batches, with prompts from the chat template; each process answers its samples."""
+    """Answers greedily in batches, with prompts from the chat template; each process answers its own samples."""
 
     is_simple = False
 
@@ -96,7 +96,7 @@ class HeraVLM(lmms):
         return arranged
 
     def prompt(self, conversation: list[dict[str, Any]]) -> str:
-        """Renders the text of a conversation, in which each image is one token."""
+        """Renders a conversation as text that has one token per image."""
         return self.processor.apply_chat_template([conversation], add_generation_prompt=True)[0]
 
     def inputs(self, conversations: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ class HeraVLM(lmms):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns if a process forks
         # Workers prepare batches while the model generates. They are forked: a task's functions cannot be pickled.
         workers = max(0, min(4, len(batches) - 1, len(os.sched_getaffinity(0))))
-        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30  # with Docker's 64 MB, they could wait forever
+        workers *= shutil.disk_usage("/dev/shm").free >= 1 << 30  # with Docker's 64 MB, workers could hang
         options: Any = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
         loader = DataLoader(batches, None, collate_fn=partial(self._prepare, requests), **options)
         answers: dict[int, str] = {}
@@ -131,7 +131,7 @@ class HeraVLM(lmms):
         return [answers[row] for row in range(len(requests))]
 
     def _prepare(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[dict[int, dict], list[tuple]]:
-        """Returns a line of the answers file for each sample, and rows, settings and inputs of unanswered samples.
+        """Returns each sample's line of the answers file, and rows, settings and inputs of the unanswered samples.
 
         The unanswered samples are grouped by their settings, and by whether they have images.
         """
@@ -154,7 +154,7 @@ class HeraVLM(lmms):
                 digest.update(repr(image.size).encode() + image.tobytes())
             line = {"key": digest.hexdigest(), "task": task, "doc_id": doc_id, "prompt": prompt}
             lines[row] = self._answers.get(line["key"], line)
-            if lines[row] is line:  # processors do not mix samples with and without images
+            if lines[row] is line:  # processors cannot mix samples with and without images
                 groups[bool(images), repr(settings)].append((row, settings, conversation))
         parts = [tuple(zip(*group, strict=True)) for group in groups.values()]
         return lines, [(rows, settings[0], self.inputs(group)) for rows, settings, group in parts]
@@ -175,7 +175,7 @@ class HeraVLM(lmms):
         return ImageOps.pad(image, (max(image.size),) * 2, color=color) if self._pad else image
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
-        """Refuses tasks that need more than one generated answer."""
+        """Refuses tasks that need anything except one generated answer."""
         raise NotImplementedError("hera_vlm only runs tasks with output_type: generate_until.")
 
     generate_until_multi_round = loglikelihood
