@@ -74,7 +74,7 @@ def tuner(module: Any) -> None:
         try:
             parsed = host(args)
         except ValueError as error:
-            values = args.values() if isinstance(args, Mapping) else args
+            values = args.values() if isinstance(args, Mapping) else args or ()
             if not any(stage in values for stage in STAGES) or _is_refusal(error):
                 raise
             raise ValueError(str(error)) from error  # turns the host's error into a refusal

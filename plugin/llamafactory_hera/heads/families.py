@@ -195,7 +195,7 @@ def final_norm(decoder: nn.Module) -> nn.Module:
     for name in _FINAL_NORMS:
         if (norm := getattr(decoder, name, None)) is not None:
             return norm
-    raise ValueError(f"model: {type(decoder).__name__} has no norm after its last layer; name other layers.")
+    raise ValueError(f"model: {type(decoder).__name__} has no norm after its last layer; use another model.")
 
 
 def model_config(model: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import HeraConfig
 from ..distributed import mean_over_ranks
+from ..heads.targets import AUTO
 from ..training import Aligner
 from .messages import show_messages, translated
 
@@ -105,6 +106,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
         ("dist_config.name", engine, engine not in (None, "fsdp2"), "only DDP and fsdp2 are supported"),
         ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints contain no HeRA state"),
         ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "it selects no heads"),
+        (hera.targets_key, AUTO, hera.named_targets == AUTO, "it selects no heads, so name them"),
         ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine runs only one forward pass"),
     )
     for key, value, refused, why in checks:

@@ -88,6 +88,8 @@ class Neighbors(NamedTuple):
 
     def shares(self, head: Target, n: int | None = None) -> Tensor:
         """Returns, for each query, the share of a head's ``n`` nearest samples that are neighbors for the teacher."""
+        if head.head is None:
+            raise ValueError(f"the neighbors of {head} are unknown, because a selection stores those of heads only")
         found, expected = self.heads[head][:, :n, None], self.teacher[:, None]
         return ((found == expected) & (found >= 0)).any(-1).double().mean(-1)
 

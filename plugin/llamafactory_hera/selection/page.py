@@ -49,7 +49,7 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
         f"{comparison.title} {targets.plural} find {k * before:.1f} ({names[0]}) and {k * after:.1f} ({names[-1]}); "
         f"unrelated features find {k * first.chance:.1f}."
     )
-    size = f"MKNN {before:.3f} → {after:.3f}, {change:+.3f}" + (f" ± {noise:.3f}" if noise else "")
+    size = f"MKNN {before:.3f} → {after:.3f}, {change:+.3f}" + (f" ± {noise:.3f}" if noise else ", noise unknown")
     if not abs(change) > noise:
         meaning = f"They did not measurably move ({size}): train longer, or raise hera_weight."
         if first.provenance["keys"].get("hera_select_mode") == "llm":
@@ -65,7 +65,7 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
 
 
 def _noise(comparison: Comparison) -> float:
-    """Estimates the 95% interval of the change of the mean from the stored queries; 0 if none are stored."""
+    """Estimates the 95% interval of the change of the mean from the stored queries; 0 if it is unknown."""
     with suppress(ValueError, IndexError):
         before, after = (Neighbors.load(comparison.files[place].path) for place in (0, -1))
         changes = torch.stack([after.shares(head) - before.shares(head) for head in comparison.targets.items])
@@ -86,7 +86,7 @@ def _parts(comparison: Comparison) -> dict[str, str]:
     maps = [_image(draw_scores(file, targets.items, limits)) for file in files]
     try:
         small, gallery = (_image(draw_gallery(files, names, targets.items[0], size)) for size in (True, False))
-    except (IndexError, ValueError) as error:  # no neighbors of layers are stored
+    except (IndexError, ValueError) as error:
         small, gallery = escape(str(error)), ""
     texts = {
         "title": last.folder.name,

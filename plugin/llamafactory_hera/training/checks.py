@@ -97,9 +97,10 @@ def check_settings(config: HeraConfig, trainer: Any) -> None:
     devices = sorted({str(device) for device in getattr(trainer.model, "hf_device_map", {}).values()})
     if len(devices) > 1:
         raise ValueError(f"device_map: HeRA needs the model on one device, not {', '.join(devices)}; remove the map.")
-    if is_stream(trainer.train_dataset) and world_size() > 1 and trainer.accelerator.dispatch_batches is not False:
+    dispatched = trainer.accelerator.dispatch_batches
+    if world_size() > 1 and (is_stream(trainer.train_dataset) if dispatched is None else dispatched):
         raise ValueError(
-            "accelerator_config: with dispatch_batches, one process reads the stream for all processes and joins "
+            "accelerator_config: with dispatch_batches, one process reads the data for all processes and joins "
             "batches by the first one's keys, losing images; set accelerator_config: {dispatch_batches: false}."
         )
     if args.n_gpu > 1:
