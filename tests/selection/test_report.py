@@ -171,7 +171,7 @@ def test_a_refusal_imports_no_torch(files):
         )
         assert (done.stdout, "Traceback" in done.stderr) == ("False\n", False)
         assert re.search(
-            "is a single file|nothing(.yaml)?: no such file or folder|score . with; add --recipe", done.stderr
+            r"is a single file|nothing(.yaml)?: no such file or folder|\. needs a dataset; add --recipe", done.stderr
         )
 
 
