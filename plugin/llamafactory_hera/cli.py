@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     several = parsed.run in (_select, _score) or (parsed.run is _eval and not parsed.check)
     try:
-        _check_paths(parsed)
+        _check_words(parsed)
         if parsed.run in (_select, _score, _calibrate):
             require_host(patches=parsed.run is not _calibrate)
         if several and (status := _relaunched()) is not None:
@@ -149,15 +149,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _check_paths(args: argparse.Namespace) -> None:
-    """Refuses missing files and folders before a command spends seconds on importing torch or the host."""
+def _check_words(args: argparse.Namespace) -> None:
+    """Refuses missing files and stray words before a command spends seconds on importing torch or the host."""
     models, recipe = getattr(args, "checkpoints", []), getattr(args, "recipe", None)
     # a hub id has one slash, and no local folder has its owner's name
     local = [name for name in models if name.count("/") != 1 or os.path.isdir(os.path.dirname(name))]
     for name in (*local, *getattr(args, "files", ()), *([recipe] if recipe else [])):
         if not os.path.exists(name) and not _is_override(name):
             raise ValueError(f"{name}: no such file or folder.")
-    words = [*models, *getattr(args, "overrides", ())]
+    overrides = getattr(args, "overrides", ())
+    if stray := [word for word in overrides if "=" not in word]:
+        raise ValueError(f"{stray[0]} is neither a recipe nor key=value; write a pair like output_dir=saves/run.")
+    words = [*models, *overrides]
     if args.run is _score and not recipe and not any(_is_recipe(w) or w.startswith("dataset=") for w in words):
         raise ValueError(f"score: {models[0]} needs a dataset; add --recipe RECIPE.yaml.")
 

@@ -137,7 +137,6 @@ def test_teacher_only_fills_the_cache_of_training(train, here, path, command):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["hera_select_mode"], "hera_select_mode is neither a recipe nor key=value"),
         (["output_dir=@x"], "is not a YAML recipe"),
         (["output_dir=1e3"], "A value of the recipe has the wrong type"),
         (["dataset=null"], "dataset: the value is empty"),

@@ -85,6 +85,7 @@ def test_one_image_among_many_rows_is_enough(kind):
         ("_mixed_precision", "fp8", "^mixed_precision: fp8 does not work with HeRA, .*; use bf16"),
         ("model_init", vlm, "^model_init: "),
         ("hf_device_map", {"a": 0, "b": "cpu"}, "^device_map: HeRA needs the model on one device, not 0, cpu; "),
+        ("dispatch_batches", True, "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
@@ -92,6 +93,7 @@ def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, m
     trainer = make(tmp_path, ROWS[:BATCH])
     model, state = trainer.model, trainer.accelerator.state
     owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
+    owners["dispatch_batches"] = trainer.accelerator.dataloader_config
     monkeypatch.setattr(
         owners.get(name, trainer if hasattr(trainer, name) else trainer.args), name, value, raising=False
     )

@@ -13,6 +13,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llamafactory_hera.backbones.build import build_backbone
+from llamafactory_hera.selection.select import chat_collator
+from llamafactory_hera.teachers.images import sample_images
 from tests.backbones.tiny import save_language_model, save_tower
 from tests.e2e.runner import ROOT, HostServer
 
@@ -61,8 +63,9 @@ def test_a_row_begins_with_one_bos_token(tmp_path):
     silent = template.replace("bos_token +", "'' +")
     for adds, processor.chat_template in ((False, template), (True, template), (True, silent)):
         processor.tokenizer.add_bos_token = adds
-        ids = runpy.run_path(SCRIPT)["Collator"](processor)([row])["input_ids"]
-        assert (ids[0, 0], (ids == bos).sum()) == (bos, 1)
+        for collate in (runpy.run_path(SCRIPT)["Collator"](processor), chat_collator(processor, sample_images)):
+            ids = collate([row])["input_ids"]
+            assert (ids[0, 0], (ids == bos).sum()) == (bos, 1)
 
 
 FOLDER = ROOT / "recipes/notebook"

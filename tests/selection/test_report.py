@@ -15,6 +15,7 @@ from PIL import Image
 from llamafactory_hera.cli import main
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.plots import BLUE, GRAY, ORANGE, series_colors
+from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.page import verdict, write_report
 from llamafactory_hera.selection.report import compare, draw_scores, show
 from llamafactory_hera.selection.scores import ScoreFile
@@ -90,6 +91,25 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
         ["L1", "0.1000", "0.4000", "+0.3000"],
         ["L0", "0.3000", "0.3500", "+0.0500"],
     ]
+    for path in files:
+        write_seen(path, tmp_path / "images", 0, heads=4)
+    comparison = compare(files)
+    assert "+0.175, noise unknown" in verdict(comparison)[1]
+    assert "the neighbors of L1 are unknown" in write_report(comparison, tmp_path / "page").read_text()
+
+
+def test_the_verdict_has_the_interval_of_the_mean_over_the_stored_queries(run):
+    before, after = (Neighbors.load(run / f"hera/{name}.json") for name in ("heads", "scores"))
+    changes = []
+    for query, teacher in enumerate(before.teacher.tolist()):
+        shares = [
+            np.mean([index in teacher for index in each.heads[layer, head, query].tolist()])
+            for each in (before, after)
+            for layer, head in ((0, 1), (2, 0))
+        ]
+        changes.append((sum(shares[2:]) - sum(shares[:2])) / 2)
+    noise = 2.2 * np.std(changes, ddof=1) / ScoreFile.load(run / "hera/heads.json").provenance["samples"] ** 0.5
+    assert f"± {noise:.3f})" in verdict(compare([run]))[1]
 
 
 @pytest.mark.parametrize(
@@ -151,28 +171,34 @@ def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
 @pytest.mark.parametrize(
     ("after", "meaning"),
     [
-        (AFTER, r"They moved toward the teacher (MKNN 0.150 → 0.350, +0.200); the other heads changed by +0.004."),
-        (BEFORE, r"They did not measurably move (MKNN 0.150 → 0.150, +0.000): train longer, or raise hera_weight."),
-        (np.subtract(BEFORE, 0.04).tolist(), r"They moved away from the teacher (MKNN 0.150 → 0.110, -0.040); the "),
+        (AFTER, r"toward the teacher (MKNN 0.150 → 0.350, +0.200, noise unknown); the other heads changed by +0.004."),
+        (
+            BEFORE,
+            r"did not measurably move (MKNN 0.150 → 0.150, +0.000, noise unknown): train longer, or raise hera_weight.",
+        ),
+        (
+            np.subtract(BEFORE, 0.04).tolist(),
+            r"away from the teacher (MKNN 0.150 → 0.110, -0.040, noise unknown); the ",
+        ),
     ],
 )
 def test_the_verdict_follows_from_the_numbers(files, tmp_path, after, meaning):
     found, sentence = verdict(compare([files[0], write_scores(tmp_path / "x.json", after)], ["before", "HeRA"]))
     assert "the 5 least aligned heads find 1.5 (before) and " in found
     assert found.endswith(" (HeRA); unrelated features find 0.1.")
-    assert sentence.startswith(meaning)
+    assert meaning in sentence
 
 
 def test_a_refusal_imports_no_torch(files):
     code = "import sys; from llamafactory_hera.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    for arguments in (["report", files[0]], ["select", "nothing.yaml"], ["score", "./nothing"], ["score", "."]):
+    refused = (["report", files[0]], ["select", "nothing.yaml"], ["score", "./nothing"], ["score", "."])
+    for arguments in (*refused, ["doctor", files[0], "stray"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
         )
         assert (done.stdout, "Traceback" in done.stderr) == ("False\n", False)
-        assert re.search(
-            r"is a single file|nothing(.yaml)?: no such file or folder|\. needs a dataset; add --recipe", done.stderr
-        )
+        words = r"is a single file|nothing(.yaml)?: no such file or folder|\. needs a dataset; add --recipe|stray is n"
+        assert re.search(words, done.stderr)
 
 
 def test_a_name_has_the_same_color_in_every_picture():

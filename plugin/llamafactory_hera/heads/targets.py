@@ -62,7 +62,7 @@ class Targets:
     """The heads or layers of a run, in the order they were chosen, with the provenance of the choice.
 
     Attributes:
-        items: Only heads or only layers; a selection by score puts the least aligned first.
+        items: Only heads or only layers, in the order in which they were chosen.
         provenance: Model, teacher, data, keys and scores of the selection; empty if the targets were written by hand.
     """
 

@@ -119,7 +119,7 @@ class HeraPlugin(BasePlugin):
         class AxolotlHeraTrainer(HeraTrainerMixin, AxolotlTrainer):
             """axolotl's trainer with HeRA; the keys are bound here, because axolotl's builder does not pass them."""
 
-            in_words = str
+            in_words = staticmethod(lambda text: text.replace("per_device_train_batch_size", "micro_batch_size"))
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)

@@ -94,7 +94,8 @@ class HeraSwiftTrainer(HeraTrainerMixin, Seq2SeqTrainer):
 
     def __init__(self, *args: Any, train_dataset: Any, template: Template, **kwargs: Any) -> None:
         if not isinstance(train_dataset, LazyLLMDataset):
-            raise ValueError(f"train_dataset: a {type(train_dataset).__name__} does not keep the images of its rows.")
+            kind = type(train_dataset).__name__
+            raise ValueError(f"lazy_tokenize: a {kind} does not keep the images of its rows; set it to true.")
         train_dataset.encode_func = partial(_encode, train_dataset.encode_func)
         kwargs |= {"train_dataset": train_dataset, "template": template}
         super().__init__(*args, hera=read_keys(), images_of=itemgetter(_IMAGES), **kwargs)

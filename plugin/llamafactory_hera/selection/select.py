@@ -85,7 +85,9 @@ def chat_collator(processor: Any, images_of: ImagesOf) -> Collate:
         texts = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
         prompts = [processor.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
         images = [[load_image(image) for image in images_of(row)] for row in rows]
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        bos = getattr(processor, "tokenizer", processor).bos_token  # the tokenizer must not add what a template writes
+        added = not (bos and texts[0].startswith(bos))
+        options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": added}
         if any(images):
             options["images"] = images
         batch = processor(text=texts, **options)

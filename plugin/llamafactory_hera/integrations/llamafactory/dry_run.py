@@ -55,8 +55,6 @@ class _Recipe:
     """A recipe of the host. Each check returns the text of its line, or raises ``ValueError`` with a remedy."""
 
     def __init__(self, path: str, overrides: Sequence[str], processes: int) -> None:
-        if words := [each for each in overrides if "=" not in each]:
-            raise ValueError(f"{words[0]} is not key=value; write a pair like output_dir=saves/run.")
         changed = {key: yaml.safe_load(value) for key, _, value in (each.partition("=") for each in overrides)}
         values = yaml.safe_load(RecipeFile.read(path).with_keys(changed))
         self.get, self.processes = values.get, processes

@@ -61,9 +61,6 @@ def read_values(
     path: str | os.PathLike | RecipeFile | None, overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the keys of a recipe with its overrides, and the overrides separately."""
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override} is neither a recipe nor key=value; write a pair like output_dir=saves/run.")
     file = RecipeFile.read(path) if isinstance(path, str | os.PathLike) else path
     try:
         changes = OmegaConf.from_cli(list(overrides))

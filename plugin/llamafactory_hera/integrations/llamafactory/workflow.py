@@ -113,6 +113,6 @@ class _Proof(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None:
             raise RuntimeError(
-                "stage: hera and stage: harc: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, so "
+                "stage: LLaMA-Factory's SFT workflow does not use CustomSeq2SeqTrainer, so "
                 "it trains without HeRA or HARC. Remove the setting that chose another trainer, or use stage: sft."
             )
