@@ -172,10 +172,7 @@ def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
     ("after", "meaning"),
     [
         (AFTER, r"toward the teacher (MKNN 0.150 → 0.350, +0.200, noise unknown); the other heads changed by +0.004."),
-        (
-            BEFORE,
-            r"did not measurably move (MKNN 0.150 → 0.150, +0.000, noise unknown): train longer, or raise hera_weight.",
-        ),
+        (BEFORE, r"measurably move (MKNN 0.150 → 0.150, +0.000, noise unknown): train longer, or raise hera_weight."),
         (
             np.subtract(BEFORE, 0.04).tolist(),
             r"away from the teacher (MKNN 0.150 → 0.110, -0.040, noise unknown); the ",
