@@ -9,20 +9,23 @@ from llamafactory_hera.training.gradcache import keep_random_state
 
 from .cells import LOSSES, aligner_of, cached_losses, gradients, take_objective_gradients
 from .compare import BOUND, expected_gradients, relative_error
-from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, Batch, batches, build
+from .tiny import CHECKPOINTING, DATA, ENGINE_NAMES, HEADS, Batch, batches, build
 from .workers import WorkerPair
+
+#: Engine, checkpointing, objective, targets.
+CELLS = [(engine, kind, "contrastive", HEADS) for engine in ENGINE_NAMES for kind in CHECKPOINTING]
+CELLS += [("DDP", "reentrant", "cka", targets) for targets in (HEADS, "L1,L2")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("engine", ENGINE_NAMES)
+@pytest.mark.parametrize(("engine", "checkpointing", "objective", "targets"), CELLS)
 def test_gradient_caching_gives_the_gradients_of_the_large_batch(
-    workers: WorkerPair, engine: str, checkpointing: str
+    workers: WorkerPair, engine: str, checkpointing: str, objective: str, targets: str
 ) -> None:
     data = DATA[:2]
-    found = workers.run(gradients, engine, "lora", checkpointing, data, 2)
+    found = workers.run(gradients, engine, "lora", checkpointing, data, 2, objective, targets)
     for case in data:
-        for loss, expected in expected_gradients("lora", case).items():
+        for loss, expected in expected_gradients("lora", case, objective, targets).items():
             assert relative_error(found[0][case][loss], expected) <= BOUND, (case, loss)
 
 
