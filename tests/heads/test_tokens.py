@@ -140,13 +140,10 @@ def test_positions_are_those_of_the_image_that_the_teacher_sees():
     assert found.max() < width  # a sample without an image gets arbitrary positions
 
 
-def test_the_dummy_image_of_the_host_is_not_counted():
+def test_image_tokens_that_were_cut_off_are_refused_and_the_dummy_image_of_the_host_is_not_counted():
     ids = torch.tensor([sequence(1, 2, "image")])
     attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
     check_image_tokens(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
-
-
-def test_image_tokens_that_were_cut_off_are_refused():
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
     with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 7 image tokens instead of 8"):
         check_image_tokens(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)
