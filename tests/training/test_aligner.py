@@ -272,9 +272,6 @@ def test_the_error_says_that_a_model_was_nan_from_the_start():
         run.step()
 
 
-# -- running means ---------------------------------------------------------------------------------------------------
-
-
 def test_values_are_means_and_counts_since_they_were_last_taken():
     statistics = RunningMeans()
     for loss, mknn in ((1.0, 0.5), (2.0, math.nan), (6.0, 0.1)):
