@@ -53,9 +53,11 @@ def test_each_pooling_by_definition(pooling, dtype):
     assert not token_mask(pooling, IDS, padding_alone, LABELS).any()
 
 
-def test_labels_on_padding_and_on_placeholders_are_ignored():
+def test_answers_need_labels_and_labels_on_padding_and_on_placeholders_are_ignored():
     labels, text = torch.full_like(IDS, 5), token_mask("text", IDS, ATTENTION, None, [IMAGE])
     assert torch.equal(token_mask("answer", IDS, ATTENTION, labels, [IMAGE]), text)
+    with pytest.raises(ValueError, match="hera_pooling: answer averages over labeled tokens"):
+        token_mask("answer", IDS, ATTENTION)
 
 
 def test_without_an_attention_mask_no_token_is_padding():
@@ -63,11 +65,6 @@ def test_without_an_attention_mask_no_token_is_padding():
     assert token_mask("last", IDS).nonzero()[:, 1].tolist() == [7] * 4
     assert torch.equal(token_mask("answer", IDS, labels=LABELS), LABELS != -100)
     assert torch.equal(token_mask("text", IDS, media_token_ids=[IMAGE]), IDS != IMAGE)
-
-
-def test_answers_need_labels():
-    with pytest.raises(ValueError, match="hera_pooling: answer averages over labeled tokens"):
-        token_mask("answer", IDS, ATTENTION)
 
 
 # -- the mean over them ----------------------------------------------------------------------------------------------
