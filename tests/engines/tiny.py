@@ -67,12 +67,9 @@ def _saved_model() -> tempfile.TemporaryDirectory:
 
 
 def _quantized_model() -> LlavaForConditionalGeneration:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,  # the host sets this to the compute type, for FSDP
-    )
+    # the host sets the storage to the compute type, for FSDP
+    types = dict.fromkeys(("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"), torch.float32)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **types)
     return LlavaForConditionalGeneration.from_pretrained(
         _saved_model().name, quantization_config=quantization, dtype=torch.float32, attn_implementation="sdpa"
     )
