@@ -68,26 +68,21 @@ def projection(mixer: nn.Module) -> nn.Linear:
     return mixer.o_proj if hasattr(mixer, "o_proj") else mixer.out_proj
 
 
+def keep(block: Block, name: str, *values: object) -> None:
+    """Keeps the last value that a hook receives, or its first element if it is a tuple."""
+    setattr(block, name, values[-1][0] if isinstance(values[-1], tuple) else values[-1])
+
+
 def blocks(model: nn.Module, batch: dict[str, Tensor], grad: bool = False) -> tuple[list[Block], object]:
     """Runs a forward pass, and returns the tokens of every block and the model's output."""
     found = [Block(*[torch.empty(0)] * 3) for _ in decoder_layers(model)]
     handles = []
     for block, layer in zip(found, decoder_layers(model), strict=True):
         attention = mixer(layer)
-
-        def keep_input(_, args, block=block):
-            block.entered = args[0]
-
-        def keep_attention(_, args, output, block=block):
-            block.attended = output[0] if isinstance(output, tuple) else output
-
-        def keep_output(_, args, output, block=block):
-            block.output = output[0] if isinstance(output, tuple) else output
-
         handles += [
-            projection(attention).register_forward_pre_hook(keep_input),
-            attention.register_forward_hook(keep_attention),
-            layer.register_forward_hook(keep_output),
+            projection(attention).register_forward_pre_hook(partial(keep, block, "entered")),
+            attention.register_forward_hook(partial(keep, block, "attended")),
+            layer.register_forward_hook(partial(keep, block, "output")),
         ]
     with torch.set_grad_enabled(grad):
         output = model(**batch)
@@ -103,15 +98,7 @@ def check_heads(
     projections: Projections | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Compares the captured contribution of every head with the attention blocks.
-
-    Args:
-        model: A tiny model.
-        batch: Its inputs.
-        mask: Tokens to pool, ``[B, T]``.
-        projections: Output projections of the layers; by default, those of their modules.
-        tolerance: Largest difference, relative to the largest value of the block's output.
-    """
+    """Compares the captured contribution of every head, projected by the modules by default, with the blocks."""
     layout = head_layout(model_config(model))
     every = [Target(index, head) for index, layer in enumerate(layout.layers) for head in range(layer.n_heads)]
     with HeadCapture(model, every) as capture:

@@ -52,17 +52,7 @@ def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str
 
 
 def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 180) -> list[Any]:
-    """Runs ``function(rank)`` on each rank of a gloo group, and returns the results.
-
-    Args:
-        function: A module-level function; ``torch.load`` must read its result with ``weights_only=True``.
-        world_size: Number of processes.
-        folder: An empty folder.
-        timeout: Seconds after which the processes are killed.
-
-    Raises:
-        AssertionError: A rank raised, died or did not finish in time.
-    """
+    """Runs a module-level function on each rank of a gloo group, and returns the results by rank."""
     context = multiprocessing.get_context("spawn")
     arguments = [(function, rank, world_size, str(folder)) for rank in range(world_size)]
     processes = [context.Process(target=_run, args=args, daemon=True) for args in arguments]

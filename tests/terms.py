@@ -25,6 +25,10 @@ def options(
 OPTIONS = options(TARGETS, D, D_TEACHER)
 
 
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b / (a.norm() * b.norm())
+
+
 def pooled(z: Tensor, teacher: Tensor, valid: Tensor) -> PooledBatch:
     """Makes a batch without memory, as the term does."""
     z = torch.where(valid.view(1, -1, 1), z, 0.0)

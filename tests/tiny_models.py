@@ -1,9 +1,4 @@
-"""Tiny random models of real transformers classes: one per text family of the plugin, and the VLMs that contain them.
-
-``head_dim`` differs from ``hidden_size / heads`` if the architecture allows it, and two query heads share a key-value
-head. Norms and biases are random, because ones and zeros could hide a mistake. The file also makes a tiny teacher, and
-rows of a dataset with images.
-"""
+"""Tiny random models of real classes: every text family and its VLMs, a teacher, and rows of a dataset with images."""
 
 import atexit
 import json
@@ -28,6 +23,7 @@ PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 60, 61, 62, 63
 LAYERS, HEADS = 2, 4
 _SIDE, _PATCH = 16, 8
 
+# head_dim differs from hidden_size / heads if the architecture allows it, and two query heads share a key-value head
 DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -244,6 +240,7 @@ UNKNOWN = {name for name in ("kimi_k25", "minicpmv4_6", "molmo2") if name not in
 
 
 def _randomize(model: nn.Module, seed: int) -> nn.Module:
+    # norms of ones and biases of zeros could hide a mistake
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -420,14 +417,16 @@ def noise_images(n: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> lis
     return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
 
 
-def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[str, Any]]:
-    """Makes rows of a dataset: inputs of the model, labels on answers of different lengths, and an image.
+def image_files(folder: Path, n: int, size: tuple[int, int] = (16, 16)) -> list[str]:
+    """Saves noise images, and returns their paths."""
+    paths = [str(folder / f"{number}.png") for number in range(n)]
+    for image, path in zip(noise_images(n, size), paths, strict=True):
+        image.save(path)
+    return paths
 
-    Args:
-        model: A VLM.
-        n: The number of rows.
-        with_images: True if the teacher receives the image.
-    """
+
+def image_rows(model: nn.Module, n: int, with_images: bool = True) -> list[dict[str, Any]]:
+    """Makes rows of a dataset: inputs of the VLM, labels on answers of different lengths, and an image."""
     rows = []
     for seed, image in enumerate(noise_images(n, (9, 9))):
         batch = vlm_batch(model, rows=1, seed=seed)

@@ -1,7 +1,4 @@
-"""Scores of all heads, compared with the published procedure.
-
-That procedure computes contributions of size D and all their similarities, and counts shared neighbors.
-"""
+"""Scores of all heads, compared with the published procedure, which computes all similarities of contributions."""
 
 import logging
 
@@ -14,10 +11,7 @@ from llamafactory_hera.alignment.scoring import nearest_samples
 
 
 def naive_range(vectors, neighbors, normalize, slack):
-    """Computes in fp64 the lowest and highest MKNN if similarities closer than ``slack`` may swap ranks.
-
-    With ``slack=0``, equal similarities are ordered by increasing index, and both values equal the score.
-    """
+    """Computes in fp64 the lowest and highest MKNN if similarities closer than ``slack`` may swap ranks."""
     vectors = vectors.double()
     if normalize:
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
@@ -56,18 +50,6 @@ def model(n, n_layers, n_heads, d, dim):
     return pooled.view(n, n_layers, n_heads, d), weights, latent
 
 
-def whole_numbers(seed):
-    """Makes integer vectors with copies, zeros and a null space, so that many dot products are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    pooled = torch.randint(-1, 2, (90, 1, 3, 4), generator=generator).float()
-    pooled[::7] *= 3
-    pooled[40:50] = pooled[5]
-    pooled[80:] = 0
-    weights = [torch.randint(-2, 3, (6, 12), generator=generator).float()]
-    weights[0][:, 4] = 0
-    return pooled, weights, torch.rand(90, 90, generator=generator).fill_diagonal_(-1).topk(10).indices
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("n", "n_heads", "d", "dim", "k", "undecided"),
@@ -92,7 +74,15 @@ def test_scores_equal_the_published_procedure(n, n_heads, d, dim, k, undecided, 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_break_by_increasing_index_for_any_number_of_rows_in_memory(seed, rows, monkeypatch):
     monkeypatch.setattr(scoring, "ROWS", rows)
-    pooled, weights, neighbors = whole_numbers(seed)
+    # whole numbers with copies, zeros and a null space, so that many dot products are equal
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randint(-1, 2, (90, 1, 3, 4), generator=generator).float()
+    pooled[::7] *= 3
+    pooled[40:50] = pooled[5]
+    pooled[80:] = 0
+    weights = [torch.randint(-2, 3, (6, 12), generator=generator).float()]
+    weights[0][:, 4] = 0
+    neighbors = torch.rand(90, 90, generator=generator).fill_diagonal_(-1).topk(10).indices
     scores = score_heads(pooled.unbind(1), weights, neighbors, normalize=False)
     assert_scores(scores, pooled, weights, neighbors, normalize=False, slack=0, undecided=0)
     outputs, columns = pooled[:, 0, 1], weights[0][:, 4:8]

@@ -1,7 +1,4 @@
-"""Tiny stand-ins for the finished VLMs of the recipes: random models of the real classes, with real processors.
-
-The sizes are small. Special tokens, templates and image processing are those of the real models.
-"""
+"""Tiny random stand-ins for the finished VLMs of the recipes, with real special tokens, templates and processors."""
 
 from functools import partial
 from pathlib import Path

@@ -40,13 +40,16 @@ def test_flow_is_the_mean_of_both_directions(text, image):
 
 
 @pytest.mark.parametrize("name", [name for name in VLMS if not name.startswith(("qwen3_5", "minicpmv"))])
-def test_captured_flow_matches_the_attention_that_the_model_returns(name):
+def test_captured_flow_matches_the_attention_that_the_model_returns_and_leaves_the_model_as_it_was(name):
     model = vlm(name).eval()
     # gpt-oss has attention sinks, which sdpa does not support
     assert (model.config.get_text_config()._attn_implementation == "sdpa") == (name != "llava-gpt_oss")
     batch = vlm_batch(model, rows=3)
     n_image = int((batch["input_ids"][0] == IMAGE).sum())
+    modules = [layer.self_attn for layer in decoder_layers(model)]
+    before = [module.config._attn_implementation for module in modules]
     found = read_attention(Forward(model), n_image, batch)
+    assert [module.config._attn_implementation for module in modules if not module._forward_hooks] == before
     model.set_attn_implementation("eager")
     with torch.no_grad():
         returned = model(**batch, output_attentions=True, use_cache=False).attentions
@@ -72,13 +75,6 @@ def test_only_one_layers_attention_is_in_memory_at_a_time():
         layer.self_attn.register_forward_hook(count)
     read_attention(Forward(model), 4, vlm_batch(model))
     assert counts == [1] * 5
-
-
-def test_reading_attention_leaves_the_model_as_it_was():
-    model = vlm("llava-qwen3").eval()
-    read_attention(Forward(model), 4, vlm_batch(model))
-    for attention in (layer.self_attn for layer in decoder_layers(model)):
-        assert (attention.config._attn_implementation, len(attention._forward_hooks)) == ("sdpa", 0)
 
 
 # -- logits, the margin loss and gates -------------------------------------------------------------------------------

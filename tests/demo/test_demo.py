@@ -27,7 +27,7 @@ def scenes(split: str, count: int) -> list:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_captions_are_true_of_the_pixels(split):
+def test_captions_and_answers_are_true_of_the_pixels(split):
     rng = random.Random(1)
     for scene in scenes(split, 300):
         seen = read(render(scene))
@@ -39,12 +39,6 @@ def test_captions_are_true_of_the_pixels(split):
             (a,) = [item for item in seen if item.fits(first)]
             (b,) = [item for item in seen if item.fits(second)]
             assert holds(a, relation, b)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_answers_are_true_of_the_pixels(split):
-    for scene in scenes(split, 100):
-        seen = read(render(scene))
         for question in split_questions(scene, split):
             assert question.answer == answer(seen, question.text), question
 

@@ -39,14 +39,7 @@ def train(
     name, numbers = re.sub(r"[^a-z0-9]+", "_", request.node.name.lower()), count()
 
     def train(*changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
-        """Trains with the changed recipe. A value of None removes its key.
-
-        Args:
-            *changes: Keys that replace those of the recipe and of earlier changes.
-            ok: True if the run must succeed, False if it must fail.
-            ranks: The number of processes.
-            **options: Arguments of ``HostServer.run``.
-        """
+        """Trains with the changed recipe, in which None removes a key, and checks whether the run succeeds."""
         args = recipe | {"output_dir": f"saves/{name}_{next(numbers)}"}
         args |= {"ddp_backend": "gloo"} if ranks > 1 else {}
         for change in changes:

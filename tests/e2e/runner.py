@@ -122,11 +122,7 @@ class HostServer:
 
 
 def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> Output:
-    """Runs a command without input, and kills its process group after a timeout.
-
-    Returns:
-        The exit code (124 after the timeout) and the output.
-    """
+    """Runs a command without input, kills its group after a timeout, and returns exit code (then 124) and output."""
     process = subprocess.Popen(
         command,
         cwd=cwd,

@@ -57,11 +57,6 @@ def script(arguments: list[str]) -> None:
     runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-
-
 def _run(job: dict) -> list[int]:
     children: dict[int, int] = {}
     for rank in range(job["ranks"]):
@@ -80,7 +75,8 @@ def _run(job: dict) -> list[int]:
         else:
             time.sleep(0.02)
     for pid in children:
-        _kill(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return codes
 

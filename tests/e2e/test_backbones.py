@@ -1,7 +1,4 @@
-"""Recipes of every model family, trained for two steps in the real host with tiny models.
-
-The recipes run as they are, except for paths, sizes, and settings that need a GPU.
-"""
+"""Recipes of every model family, as they are except for paths and sizes, train tiny models in the real host."""
 
 import json
 import math
@@ -58,10 +55,13 @@ EXAMPLE = {
 }
 
 
-def write_data(folder: Path) -> None:
-    """Writes captions and instructions in LLaVA's formats, with different pictures, and a text-only conversation."""
-    draw = random.Random(0)
-    info = ROOT / "recipes/data/dataset_info.json"
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which recipes run: captions, instructions and a text-only conversation, a teacher, and a tower."""
+    root, draw = tmp_path_factory.mktemp("root"), random.Random(0)
+    save_tower("dinov2", root / "teacher")
+    save_tower("siglip", root / "tower")
+    info, folder = ROOT / "recipes/data/dataset_info.json", root / "recipes/data"
     folder.mkdir(parents=True)
     shutil.copy(info, folder)
     rows: dict[str, list[dict[str, Any]]] = {"llava_pretrain": [], "llava_instruct": []}
@@ -83,16 +83,7 @@ def write_data(folder: Path) -> None:
     (folder / files["llava_pretrain"]["file_name"]).write_text(json.dumps(rows["llava_pretrain"]))
     lines = "".join(json.dumps(row) + "\n" for row in rows["llava_instruct"])
     (folder / files["llava_instruct"]["file_name"]).write_text(lines)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which recipes run, with data, a teacher and a vision tower."""
-    folder = tmp_path_factory.mktemp("root")
-    write_data(folder / "recipes/data")
-    save_tower("dinov2", folder / "teacher")
-    save_tower("siglip", folder / "tower")
-    return folder
+    return root
 
 
 @pytest.fixture(scope="module")

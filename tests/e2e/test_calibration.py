@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from .conftest import Command
-from .runner import ROOT, write_recipe
+from .runner import ROOT, write_dataset, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +33,6 @@ def report(world: Path, command: Command) -> dict[str, Any]:
     return json.loads((world / OUTPUT / "calibration.json").read_text())
 
 
-def deltas(world: Path) -> dict[str, torch.Tensor]:
-    """The update of each weight that the adapter changes."""
-    tensors = load_file(world / OUTPUT / "adapter_model.safetensors")
-    modules = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
-    a, b = ({m: tensors[f"base_model.model.{m}.lora_{side}.weight"] for m in modules} for side in "AB")
-    return {f"{module}.weight": b[module] @ a[module] for module in modules}
-
-
 def documented(file: str) -> set[str]:
     """Reads the arguments of the export command in a page or in the header of a recipe."""
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n#", " ")
@@ -55,8 +47,11 @@ def test_the_documented_export_merges_only_the_calibrated_heads(world, server, r
     assert run.ok, run.output
     base = load_file(world / "hera_demo/model/model.safetensors")
     merged = load_file(world / "saves/calibrated/model.safetensors")
+    tensors = load_file(world / OUTPUT / "adapter_model.safetensors")
+    modules = {name.rsplit(".lora_", 1)[0] for name in tensors if ".lora_" in name}
+    a, b = ({m: tensors[f"{m}.lora_{side}.weight"] for m in modules} for side in "AB")
     # a checkpoint and the model name their tensors differently, except for the layer and the projection
-    changes = {name.split("layers.", 1)[1]: delta for name, delta in deltas(world).items()}
+    changes = {f"{m.split('layers.', 1)[1]}.weight": b[m] @ a[m] for m in modules}
     assert merged.keys() == base.keys()
     changed = 0
     for name, weight in base.items():
@@ -100,16 +95,9 @@ def test_answers_are_not_needed_and_may_be_ignored(world, command, report):
     data.mkdir()
     rows = json.loads((world / "hera_demo/data/demo_train.json").read_text())
     questions = [{"instruction": row["messages"][0]["content"], "images": row["images"]} for row in rows]
-    (data / "rows.json").write_text(json.dumps(questions))
-    columns = {"prompt": "instruction", "images": "images"}
-    info = {"questions": {"file_name": "rows.json", "columns": columns}}
-    (data / "dataset_info.json").write_text(json.dumps(info))
-    recipe = yaml.safe_load(RECIPE.read_text()) | {
-        "dataset_dir": str(data),
-        "dataset": "questions",
-        "media_dir": str(world / "hera_demo/data"),
-    }
-    file = write_recipe(world / "unlabeled.yaml", recipe)
+    write_dataset(data, questions, columns={"prompt": "instruction", "images": "images"})
+    keys = {"dataset_dir": str(data), "dataset": "rows", "media_dir": str(world / "hera_demo/data")}
+    file = write_recipe(world / "unlabeled.yaml", yaml.safe_load(RECIPE.read_text()) | keys)
     prompt, saliency = "rah_text=prompt", []
     for n, keys in enumerate(((file,), (file, prompt), (RECIPE, prompt))):
         status, output = command("calibrate", *keys, f"output_dir=saves/answers_{n}")

@@ -1,7 +1,4 @@
-"""DDP, ZeRO-2 and ZeRO-3 through the real host with two processes: equal losses, and resuming.
-
-tests/engines compares the gradients of every parameter, also under FSDP.
-"""
+"""DDP, ZeRO-2 and ZeRO-3 through the real host; tests/engines compares every gradient, also under FSDP."""
 
 import json
 import os
@@ -41,7 +38,7 @@ def extensions() -> dict[str, str]:
     return env
 
 
-def _engine(name: str, world: Path) -> dict[str, Any]:
+def keys_of(name: str, world: Path) -> dict[str, Any]:
     """Returns the keys that choose an engine: a DeepSpeed file of the recipes, changed for a CPU."""
     if name == "DDP":
         return {}
@@ -61,7 +58,7 @@ def test_engines_give_equal_losses(train, world, extensions, tuning, engines):
     if tuning:  # a new adapter draws other random numbers under ZeRO-3, so all engines load one
         tuning = tuning | {"adapter_name_or_path": str(train(tuning, {"max_steps": 1}).folder)}
     ddp, *others = (
-        _run(train, extensions, tuning, _engine(name, world), {"max_steps": 3}).logs() for name in ("DDP", *engines)
+        _run(train, extensions, tuning, keys_of(name, world), {"max_steps": 3}).logs() for name in ("DDP", *engines)
     )
     for other in others:
         for step, (found, expected) in enumerate(zip(other, ddp, strict=True)):
@@ -73,7 +70,7 @@ def test_engines_give_equal_losses(train, world, extensions, tuning, engines):
 
 # Not DDP: on a CPU torch.load refuses the Trainer's map_location ("tagged with cpu:0"), with and without HeRA.
 def test_zero3_resumes_weights_temperature_and_memory(train, world, extensions):
-    args = _engine("zero3", world) | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    args = keys_of("zero3", world) | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = _run(train, extensions, args)
     resumed = _run(train, extensions, args, {"resume_from_checkpoint": str(whole.folder / "checkpoint-2")})
     for file in ("model.safetensors", "hera/state.safetensors"):

@@ -23,7 +23,7 @@ from llamafactory_hera.training import Aligner
 
 from ..backbones.standins import save_native
 from ..backbones.tiny import save_tower
-from ..tiny_models import noise_images, vlm
+from ..tiny_models import image_files, vlm
 from .conftest import LORA
 from .runner import write_dataset
 
@@ -59,8 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for key in MODELS:
         save_native(key, folder / key)
     save_tower("dinov2", folder / "teacher")
-    for number, image in enumerate(noise_images(12, (56, 56))):
-        image.save(folder / f"{number}.png")
+    image_files(folder, 12, (56, 56))
     (folder / "mixed").mkdir()
     mixed = [
         _sample(images, f"It is {images or videos}.", videos) for images, videos in zip(IMAGES, VIDEOS, strict=True)
@@ -99,9 +98,6 @@ class Host:
             for piece in packed_pieces(row)
         ]
 
-    def model(self) -> nn.Module:
-        return AutoModelForImageTextToText.from_pretrained(self.folder, dtype=torch.float32).train()
-
     def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
         """Wraps the host's collator in HeRA's; if an attention is given, the host's collator packs rows."""
         packed = attention is not None
@@ -121,11 +117,6 @@ class Step(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def aligner_of(host: Host, model: nn.Module, **keys: Any) -> Aligner:
-    config = {"heads": "L1H0,L0H2,L1H3", "teacher": str(host.teacher), "k": 2, "memory": 0, "weight": 1.0}
-    return Aligner(model, HeraConfig(**config | keys))
-
-
 def as_flash_attention_reads(positions: Tensor) -> Tensor:
     """Returns the mask that FlashAttention derives from the positions, which restart at each sample of a row."""
     (borders, _), _ = prepare_fa_kwargs_from_position_ids(positions[0] if positions.dim() == 3 else positions)
@@ -135,12 +126,9 @@ def as_flash_attention_reads(positions: Tensor) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def step(host: Host, model: nn.Module, rows: list[Row], attention: str | None, lm: bool = True, **keys: Any) -> Step:
-    aligner = aligner_of(host, model, **keys)
+    config = {"heads": "L1H0,L0H2,L1H3", "teacher": str(host.teacher), "k": 2, "memory": 0, "weight": 1.0}
+    aligner = Aligner(model, HeraConfig(**config | keys))
     batch = host.collator(model, aligner, attention)(rows)
     prepared = aligner.prepare(batch)
     if batch["attention_mask"] is None:
@@ -149,19 +137,12 @@ def step(host: Host, model: nn.Module, rows: list[Row], attention: str | None, l
     term = aligner.loss(prepared)
     (loss + term if lm else term).backward()
     z = aligner.capture.representations().detach()
-    found = Step(prepared.valid.tolist(), z, term.detach(), gradients_of(model))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = Step(prepared.valid.tolist(), z, term.detach(), gradients)
     aligner.after_backward()
     aligner.close()
     model.zero_grad()
     return found
-
-
-def check_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    assert largest > 0
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -187,7 +168,7 @@ FLASH = "flash_attention_2"
     ],
 )
 def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, reentrant, keys):
-    model: Any = host.model()
+    model: Any = AutoModelForImageTextToText.from_pretrained(host.folder, dtype=torch.float32).train()
     if lora:
         targets = r".*language_model.*\.(q|v|o)_proj"
         model = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).train()
@@ -204,7 +185,11 @@ def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, 
         found.representations[:, valid], expected.representations[:, valid], rtol=1e-5, atol=1e-5
     )
     torch.testing.assert_close(found.term, expected.term, rtol=1e-5, atol=1e-6)
-    check_gradients(found.gradients, expected.gradients)
+    assert found.gradients.keys() == expected.gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    assert largest > 0
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-5 * largest, msg=name)
 
 
 def test_a_packed_row_without_its_borders_is_refused_before_the_model_is_loaded(host):
@@ -254,9 +239,6 @@ def test_a_packed_run_accumulates_and_remembers_samples(train, accumulate, ranks
     run = train(PACKED, LORA, keys, {"hera_memory": 8}, ranks=ranks)
     assert len(load_file(run.folder / "hera/state.safetensors")["memory.teacher"]) == 8  # from four rows of a process
     assert run.logs()[1]["hera_loss"] > 0
-
-
-# -- mixed samples ---------------------------------------------------------------------------------------------------
 
 
 def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train, root):

@@ -22,11 +22,6 @@ pytestmark = pytest.mark.slow
 HERA_KEYS = {"lm_loss", "hera_loss", "hera_mknn", "hera_mknn_chance", "hera_temperature"}
 
 
-def _sft(recipe: dict) -> dict:
-    """Returns the changes that make the recipe plain supervised fine-tuning."""
-    return dict.fromkeys(key for key in recipe if key.startswith("hera_")) | {"stage": "sft"}
-
-
 def test_curves_and_messages_reach_every_log(train, recipe, world):
     board = {"LLAMABOARD_ENABLED": "1", "LLAMABOARD_WORKDIR": str(world / "board")}  # as the host's web UI sets them
     run = train({"plot_loss": True, "report_to": "tensorboard", "max_steps": 3}, env=board)
@@ -65,7 +60,8 @@ def test_hera_changes_the_weights_and_a_weight_of_0_does_not(train, plain):
 
 def test_hera_aligns_its_heads_and_plain_training_does_not(train, here, recipe):
     long = {"num_train_epochs": 6.0, "max_steps": -1, "hera_weight": 1.0, "hera_memory": 64, "hera_heads": "auto"}
-    plain, aligned = train(long, _sft(recipe)), train(long, {"hera_select_samples": 96})
+    sft = dict.fromkeys(key for key in recipe if key.startswith("hera_")) | {"stage": "sft"}
+    plain, aligned = train(long, sft), train(long, {"hera_select_samples": 96})
     file = write_recipe(here / "scored.yaml", recipe | {"hera_select_samples": 96, "hera_select_mode": "mllm"})
     heads = Targets.load(aligned.folder / "hera/heads.json").items
     scores = [Targets.load(score_checkpoint(run.folder, file)).provenance["scores"] for run in (plain, aligned)]

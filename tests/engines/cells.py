@@ -99,10 +99,7 @@ def cached_losses(
     weights: tuple[float, float],
     repeat: bool = True,
 ) -> Iterator[Tensor]:
-    """Yields the weighted loss of each micro-batch under gradient caching; the sum is the loss of the step.
-
-    Without ``repeat``, the second pass draws different random numbers than the first.
-    """
+    """Yields the weighted loss of each micro-batch; without ``repeat``, the second pass draws other random numbers."""
     restores = []
     for batch in micro_batches:
         restores.append(keep_random_state(torch.device("cpu")))
@@ -157,10 +154,7 @@ def gradients(
     targets: str = HEADS,
     precision: str = "fp32",
 ) -> Gradients:
-    """Returns unsharded gradients through an engine; ranks other than 0 return only those of the objective.
-
-    With several micro-batches per rank, gradients accumulate under gradient caching.
-    """
+    """Returns unsharded gradients through an engine; ranks other than 0 return only those of the objective."""
     model = build(tuning, checkpointing, dtype=PRECISIONS[precision][0])
     aligner = aligner_of(model, objective, targets)
     engine = ENGINES[engine_name](model, n_micro)

@@ -25,10 +25,7 @@ def expected_gradients(
 
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor], zero: float = ZERO) -> float:
-    """Returns the worst parameter's error: its largest difference divided by its largest gradient.
-
-    Gradients below the share ``zero`` of the model's largest gradient count as 0.
-    """
+    """Returns the worst parameter's error: its largest difference divided by its largest gradient."""
     assert found.keys() == expected.keys()
     scales = {name: float(tensor.abs().max()) for name, tensor in expected.items()}
     largest = max(scales.values())

@@ -22,12 +22,9 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """A wrapped model that accumulates the gradients of ``n_micro`` backward passes.
+    """A wrapped model, which ``forward`` runs, accumulates the gradients of ``n_micro`` backward passes."""
 
-    Attributes:
-        forward: Called with the model's inputs.
-    """
-
+    model: nn.Module
     forward: Callable[..., object]
 
     def backward(self, loss: Tensor) -> None:
@@ -39,7 +36,7 @@ class Engine:
 
     def clear(self) -> None:
         """Clears the gradients and keeps the weights."""
-        raise NotImplementedError
+        self.model.zero_grad(set_to_none=True)
 
 
 class DDP(Engine):
@@ -51,9 +48,6 @@ class DDP(Engine):
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def clear(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
 
 class StaticDDP(DDP):
@@ -74,9 +68,6 @@ class FSDP1(Engine):
                 if p.requires_grad
             }
 
-    def clear(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-
 
 class FSDP2(Engine):
     def __init__(self, model: nn.Module, n_micro: int) -> None:
@@ -88,9 +79,6 @@ class FSDP2(Engine):
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.full_tensor() for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def clear(self) -> None:
-        self.model.zero_grad(set_to_none=True)
 
 
 class ZeRO(Engine):

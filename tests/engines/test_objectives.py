@@ -60,12 +60,3 @@ def test_the_reference_depends_on_the_objective_if_there_are_images(case: str) -
         hera = expected_gradients("full", data, objective, targets)["hera"]
         largest = max(float(tensor.abs().max()) for tensor in hera.values())
         assert largest == 0 if data == "text only" else largest > 1e-3
-
-
-@pytest.mark.parametrize("objective, targets", [("cka", HEADS), ("cka", LAYERS)])
-def test_gradient_caching(workers: WorkerPair, objective: str, targets: str) -> None:
-    data = DATA[:2]
-    found = workers.run(gradients, "DDP", "lora", "reentrant", data, 2, objective, targets)
-    for case in data:
-        for loss, expected in expected_gradients("lora", case, objective, targets).items():
-            assert relative_error(found[0][case][loss], expected) <= BOUND, (case, loss)

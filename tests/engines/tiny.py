@@ -11,17 +11,11 @@ import torch
 from llamafactory.model.model_utils.checkpointing import _gradient_checkpointing_enable
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BitsAndBytesConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    Qwen3Config,
-    SiglipVisionConfig,
-)
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from llamafactory_hera.teachers.images import KEY_BYTES
 from llamafactory_hera.training.collator import NO_IMAGE, PIXELS
-from tests.tiny_models import TEACHER_SIZE
+from tests.tiny_models import PAD, TEACHER_SIZE, TEXT_CONFIGS
 
 HEADS = "L1H3,L2H0,L2H2"
 HEAD_DIM = 16
@@ -29,7 +23,7 @@ HIDDEN = 32
 K = 3
 RANKS = 2
 PER_RANK = 4
-IMAGE_TOKEN, PAD = 63, 0
+IMAGE_TOKEN = 63
 N_PATCHES, ANSWER, PROMPT = 4, 4, 3
 
 TUNINGS = ("full", "lora", "dora", "qlora", "freeze", "projector")
@@ -40,22 +34,8 @@ DATA = ("images", "one rank without", "text only")
 
 def _new_model() -> LlavaForConditionalGeneration:
     # The model has attention_bias, because HeRA must subtract the bias of o_proj. head_dim is not hidden_size / heads.
-    text = Qwen3Config(
-        vocab_size=64,
-        hidden_size=HIDDEN,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
+    shape = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": HEAD_DIM}
+    text = TEXT_CONFIGS["qwen3"](**shape, attention_bias=True, tie_word_embeddings=False, use_cache=False)
     vision = SiglipVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
     )
@@ -87,12 +67,9 @@ def _saved_model() -> tempfile.TemporaryDirectory:
 
 
 def _quantized_model() -> LlavaForConditionalGeneration:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,  # the host sets this to the compute type, for FSDP
-    )
+    # the host sets the storage to the compute type, for FSDP
+    types = dict.fromkeys(("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage"), torch.float32)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **types)
     return LlavaForConditionalGeneration.from_pretrained(
         _saved_model().name, quantization_config=quantization, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -203,13 +180,9 @@ def _packed(batch: Batch) -> Batch:
 
 
 def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
-    """Returns the global batch and its parts, ``n_micro`` for each rank, ordered by rank.
-
-    With ``uneven`` and ``packed``, the first rank has 5 samples and the second has 3; ``packed`` joins those of a part
-    in one row.
-    """
+    """Returns the global batch and its parts, ``n_micro`` for each rank, ordered by rank."""
     generator = torch.Generator().manual_seed(3)
-    n = RANKS * PER_RANK
+    n = RANKS * PER_RANK  # with "uneven" and "packed", the first rank has 5 samples and the second has 3
     n_images = {"images": n, "one rank without": PER_RANK, "text only": 0, "uneven": n, "packed": n - 1}[data]
     bounds = [0, 3, 5, 6, n][:: 3 - n_micro] if data in ("uneven", "packed") else range(0, n + 1, PER_RANK // n_micro)
     rows = [_row(generator, with_image=i < n_images) for i in range(n)]
@@ -219,7 +192,6 @@ def batches(data: str, n_micro: int = 1) -> tuple[Batch, list[Batch]]:
     parts = []
     for start, stop in pairwise(bounds):
         part = slice(start, stop)
-        needs_dummy = start >= n_images
-        batch = _batch(rows[part], images[part], pixels[part], dummy if needs_dummy else None)
+        batch = _batch(rows[part], images[part], pixels[part], dummy if start >= n_images else None)
         parts.append(_packed(batch) if data == "packed" else batch)
     return _batch(rows, images, pixels, dummy if n_images == 0 else None), parts

@@ -49,15 +49,7 @@ class WorkerPair:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
-        """Calls a module-level function on every rank.
-
-        Returns:
-            The results of the function, by rank.
-
-        Raises:
-            TimeoutError: A rank gave no answer in time.
-            WorkerError: The function failed on a rank.
-        """
+        """Calls a module-level function on every rank, and returns the results by rank."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:

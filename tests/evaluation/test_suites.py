@@ -52,16 +52,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def judged(config: dict, answers: list[str]) -> tuple[ConfigurableMessagesTask, list[dict]]:
-    """Builds a task of lmms-eval, and returns it with its results for the answers."""
-    task = ConfigurableMessagesTask(config=config)
-    return task, [task.process_results(row, [text]) for row, text in zip(task.eval_docs, answers, strict=True)]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_and_scores_match_the_suite(name, folder, monkeypatch):
     monkeypatch.setenv("AMBER_BASE_DIR", str(folder))
-    task, records = judged(TASKS[name].definition(folder), CASES[name].answers)
+    task, answers = ConfigurableMessagesTask(config=TASKS[name].definition(folder)), CASES[name].answers
+    records = [task.process_results(row, [text]) for row, text in zip(task.eval_docs, answers, strict=True)]
     [turn] = task.doc_to_messages(task.eval_docs[0])
     assert [part["type"] for part in turn["content"]] == ["image", "text"]
     assert turn["content"][1]["text"] == CASES[name].prompt

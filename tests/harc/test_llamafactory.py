@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from llamafactory_harc.data import chat_tail
 from llamafactory_hera.integrations.llamafactory.recipe import host_arguments
-from tests.e2e.runner import ROOT, write_recipe
+from tests.e2e.runner import write_recipe
+from tests.e2e.test_engines import keys_of
 
 from . import tiny
 
@@ -89,12 +90,7 @@ def test_two_processes_and_engines_train_as_one_process(server, place):
     assert "harc_kl" in (place / "saves/one/trainer_log.jsonl").read_text()
     for name in ("DDP", "zero2", "zero3"):
         keys: dict[str, Any] = {"per_device_train_batch_size": 6, "output_dir": f"saves/{name}", "ddp_backend": "gloo"}
-        if name != "DDP":
-            config = json.loads((ROOT / f"recipes/deepspeed/{name}.json").read_text(encoding="utf-8"))
-            config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-            (place / f"{name}.json").write_text(json.dumps(config))
-            keys |= {"deepspeed": f"{name}.json", "use_cpu": False}
-        part = server.run(RECIPE | keys, place, ranks=2, env=ENV).logs()
+        part = server.run(RECIPE | keys | keys_of(name, place), place, ranks=2, env=ENV).logs()
         for ours, theirs in zip(part, whole, strict=True):
             compared = {
                 key: value for key, value in theirs.items() if key.startswith(("harc", "l")) and key != "learning_rate"

@@ -66,16 +66,13 @@ def mixture(trainer: HarcTrainer, count: int = 1) -> list[list[Any]]:
     return [rows[6 * number : 6 * number + 6] for number in range(count)]
 
 
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
     plain, trainer = adapted(tmp_path), adapted(tmp_path)
     trainer.model.enable_input_require_grads()
     trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    assert_equal(gradients(trainer, mixture(trainer)), gradients(plain, mixture(plain)))
+    found, expected = (gradients(each, mixture(each)) for each in (trainer, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_path):
@@ -87,7 +84,7 @@ def test_accumulated_micro_batches_count_the_labels_of_harmful_rows_alone(tmp_pa
     first, second = (gradients(trainer, [batch]) for batch in batches)  # each is a mean over its labels
     mean = {name: (counts[0] * first[name] + counts[1] * second[name]) / sum(counts) for name in first}
     assert counts[0] > counts[1]
-    assert_equal(gradients(trainer, batches), mean)
+    torch.testing.assert_close(gradients(trainer, batches), mean, rtol=1e-4, atol=1e-6)
 
 
 def test_a_micro_batch_of_benign_rows_alone_has_finite_gradients(tmp_path):

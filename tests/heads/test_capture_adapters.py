@@ -94,9 +94,6 @@ def test_gradients_of_an_adapter_are_those_of_the_merged_projection():
     assert all(gradient.abs().max() > 1e-3 for gradient in wanted)
 
 
-# -- 4-bit -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(params=[False, True], ids=["no bias", "bias"])
 def quantized(request, tmp_path: Path) -> nn.Module:
     """Loads a model in 4-bit NF4, as QLoRA does."""

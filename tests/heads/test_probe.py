@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from tests.heads.test_capture_adapters import adapt
 from tests.tiny_models import VLMS, text_batch, text_model, vlm
 
 from llamafactory_hera.heads.families import decoder_layers, text_decoder
@@ -41,12 +41,7 @@ def test_single_tokens_are_not_kept_in_memory():
 def test_the_projection_of_a_layer_is_its_merged_weight(adapter):
     model = text_model("qwen3", attention_bias=True)
     if adapter is not None:
-        config = LoraConfig(r=4, target_modules=["o_proj"], lora_dropout=0.5, **adapter)
-        model = get_peft_model(model, config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.3)
+        model = adapt(model, lora_dropout=0.5, **adapter).eval()
     found, tolerance = list(projection_weights(model)), 0 if adapter is None else 1e-5
     merged = model if adapter is None else model.merge_and_unload()
     for weight, layer in zip(found, decoder_layers(merged), strict=True):

@@ -44,7 +44,7 @@ def test_another_syntax_is_refused_with_an_example(granularity, names):
 
 
 @both
-def test_empty_and_repeated_names_are_refused(targets):
+def test_empty_and_repeated_names_and_targets_of_the_other_kind_are_refused(targets):
     first, second, third = targets.names
     message = f"^{targets.key}: no {targets.granularity} is given; write {targets.plural}"
     for text in ("", "  ", ",", " , \n"):
@@ -53,10 +53,6 @@ def test_empty_and_repeated_names_are_refused(targets):
     for text in (f"{second},{first},{third},{second.lower()}", [third, second, second]):
         with pytest.raises(ValueError, match=f"^{targets.key}: {second} is repeated; remove the"):
             Targets.parse(text, targets.granularity)
-
-
-@both
-def test_targets_of_the_other_kind_are_refused(targets):
     other = "layer" if targets == HEADS else "head"
     with pytest.raises(ValueError, match=f"^hera_{other}s: {targets} is not a {other}; write {other}s as"):
         Targets.parse(targets, other)

@@ -53,9 +53,11 @@ def test_each_pooling_by_definition(pooling, dtype):
     assert not token_mask(pooling, IDS, padding_alone, LABELS).any()
 
 
-def test_labels_on_padding_and_on_placeholders_are_ignored():
+def test_answers_need_labels_and_labels_on_padding_and_on_placeholders_are_ignored():
     labels, text = torch.full_like(IDS, 5), token_mask("text", IDS, ATTENTION, None, [IMAGE])
     assert torch.equal(token_mask("answer", IDS, ATTENTION, labels, [IMAGE]), text)
+    with pytest.raises(ValueError, match="hera_pooling: answer averages over labeled tokens"):
+        token_mask("answer", IDS, ATTENTION)
 
 
 def test_without_an_attention_mask_no_token_is_padding():
@@ -63,11 +65,6 @@ def test_without_an_attention_mask_no_token_is_padding():
     assert token_mask("last", IDS).nonzero()[:, 1].tolist() == [7] * 4
     assert torch.equal(token_mask("answer", IDS, labels=LABELS), LABELS != -100)
     assert torch.equal(token_mask("text", IDS, media_token_ids=[IMAGE]), IDS != IMAGE)
-
-
-def test_answers_need_labels():
-    with pytest.raises(ValueError, match="hera_pooling: answer averages over labeled tokens"):
-        token_mask("answer", IDS, ATTENTION)
 
 
 # -- the mean over them ----------------------------------------------------------------------------------------------
@@ -140,13 +137,10 @@ def test_positions_are_those_of_the_image_that_the_teacher_sees():
     assert found.max() < width  # a sample without an image gets arbitrary positions
 
 
-def test_the_dummy_image_of_the_host_is_not_counted():
+def test_image_tokens_that_were_cut_off_are_refused_and_the_dummy_image_of_the_host_is_not_counted():
     ids = torch.tensor([sequence(1, 2, "image")])
     attended = torch.tensor([[1, 1, 0, 0, 0, 0]])
     check_image_tokens(ids, attended, torch.tensor([[0, 0]]), MARK, PER_IMAGE)
-
-
-def test_image_tokens_that_were_cut_off_are_refused():
     ids = torch.tensor([sequence("image", 1, "image")[:-1]])
     with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 7 image tokens instead of 8"):
         check_image_tokens(ids, None, torch.tensor([[1, 2]]), MARK, PER_IMAGE)

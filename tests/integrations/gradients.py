@@ -56,16 +56,7 @@ def expected_term(trainer: Any, together: bool) -> tuple[dict[str, Tensor], floa
 
 
 def check_term(make: Callable[[float], Any], together: bool, tolerance: float) -> dict[str, float]:
-    """Checks that the term with weight 0.5 adds its gradient and its value, and nothing else.
-
-    Args:
-        make: Makes a Trainer of one step with the given weight of the term.
-        together: True if the term compares the samples of all micro-batches.
-        tolerance: Largest difference, relative to the largest gradient.
-
-    Returns:
-        The log line of the step.
-    """
+    """Checks that the term with weight 0.5 adds its gradient and its value, and nothing else; returns the log line."""
     trainer = make(0.5)
     expected, term = expected_term(trainer, together)
     (with_term, logged), (without, _) = run(trainer), run(make(0.0))

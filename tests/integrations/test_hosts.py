@@ -1,7 +1,4 @@
-"""Every host takes the same twenty steps, given the same model, batch order and seed.
-
-The rows and their collator are those of LLaMA-Factory, so that every host trains on the same tokens.
-"""
+"""Every host takes the same twenty steps, given the model, rows, collator, batch order and seed of LLaMA-Factory."""
 
 import os
 from pathlib import Path
@@ -60,6 +57,11 @@ class Host(NamedTuple):
     collate: Any
     processor: Any
 
+    def given(self, observed: Observed) -> dict[str, Any]:
+        """Returns what every Trainer receives."""
+        data = {"train_dataset": self.rows, "data_collator": self.collate}
+        return {"hera": self.config, "callbacks": [observed], **data}
+
 
 @pytest.fixture(scope="module", params=HERA)
 def llamafactory(request: pytest.FixtureRequest, world: Path, tmp_path_factory: pytest.TempPathFactory) -> Host:
@@ -82,14 +84,8 @@ def llamafactory(request: pytest.FixtureRequest, world: Path, tmp_path_factory: 
 
 
 def transformers_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> Any:
-    return HeraTrainer(
-        model,
-        TrainingArguments(str(folder), remove_unused_columns=False, train_sampling_strategy="sequential", **SHARED),
-        hera=host.config,
-        train_dataset=host.rows,
-        data_collator=host.collate,
-        callbacks=[observed],
-    )
+    kept = {"remove_unused_columns": False, "train_sampling_strategy": "sequential"}
+    return HeraTrainer(model, TrainingArguments(str(folder), **kept, **SHARED), **host.given(observed))
 
 
 def trl_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> Any:
@@ -100,15 +96,7 @@ def trl_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> Any
     kept = {"skip_prepare_dataset": True}
     sequential = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "max_length": None}
     arguments = SFTConfig(str(folder), dataset_kwargs=kept, gradient_checkpointing=False, **sequential, **SHARED)
-    return HeraSFTTrainer(
-        model,
-        arguments,
-        hera=host.config,
-        train_dataset=host.rows,
-        data_collator=host.collate,
-        processing_class=host.processor,
-        callbacks=[observed],
-    )
+    return HeraSFTTrainer(model, arguments, processing_class=host.processor, **host.given(observed))
 
 
 def swift_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> Any:

@@ -27,11 +27,13 @@ def config(**keys: Any) -> HeraConfig:
     return HeraConfig.from_keys(hera().keys() | keys)
 
 
-def selecting(folder: Path, model: nn.Module | None = None, n: int = 24, **keys: Any) -> HeraTrainer:
+def selecting(
+    folder: Path, model: nn.Module | None = None, rows: Any = None, collate: Any = collate_rows, **keys: Any
+) -> HeraTrainer:
     model = vlm("llava-llama") if model is None else model
-    rows = image_rows(model, n)
-    settings = arguments(folder, max_steps=2)
-    return HeraTrainer(model, settings, hera=config(**keys), train_dataset=rows, data_collator=collate_rows)
+    rows = image_rows(model, 24) if rows is None else rows
+    settings = arguments(folder, max_steps=2, resume_from_checkpoint=keys.pop("checkpoint", None))
+    return HeraTrainer(model, settings, hera=config(**keys), train_dataset=rows, data_collator=collate)
 
 
 def written(folder: Path) -> dict[str, Any]:
@@ -72,11 +74,10 @@ def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(tmp_p
 
     scores = written(tmp_path / "run")["provenance"]["scores"]
     first.aligner.save(tmp_path / "run/checkpoint-1")
-    selecting(tmp_path / "run", n=25)  # other data
+    selecting(tmp_path / "run", rows=image_rows(vlm("llava-llama"), 25))  # other data
     assert written(tmp_path / "run")["provenance"]["scores"] != scores
-    resumed = arguments(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
-    options = {"train_dataset": image_rows(vlm("llava-llama"), 24), "data_collator": collate_rows}
-    assert HeraTrainer(vlm("llava-llama"), resumed, hera=config(), **options).aligner.targets == first.aligner.targets
+    resumed = selecting(tmp_path / "run", checkpoint=str(tmp_path / "run/checkpoint-1"))
+    assert resumed.aligner.targets == first.aligner.targets
     shutil.copytree(tmp_path / "run/checkpoint-1/hera", tmp_path / "run/hera", dirs_exist_ok=True)
 
     file = str(tmp_path / "run/hera/heads.json")
@@ -102,10 +103,7 @@ class Stream(IterableDataset):
 
 def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path):
     model = vlm("llava-llama")
-    rows = Stream(image_rows(model, 24))
-    trainer = HeraTrainer(
-        model, arguments(tmp_path, max_steps=1), hera=config(), train_dataset=rows, data_collator=collate_rows
-    )
+    trainer = selecting(tmp_path, model, Stream(image_rows(model, 24)))
     trainer.train()
     assert lines(trainer)[0]["hera_loss"] > 0
 
@@ -115,12 +113,11 @@ def test_a_file_of_heads_draws_no_random_numbers(tmp_path):
         np.random.rand(), random.random(), torch.rand(1)  # as a collator that crops or masks at random
         return collate_rows(rows)
 
-    model, options = vlm("llava-llama"), {"data_collator": collate}
-    options["train_dataset"] = image_rows(model, 24)
-    selecting(tmp_path / "run")
+    model = vlm("llava-llama")
+    selecting(tmp_path / "run", model)
     states = []
     for heads in (",".join(written(tmp_path / "run")["heads"]), str(tmp_path / "run/hera/heads.json")):
-        HeraTrainer(model, arguments(tmp_path / "new", max_steps=1), hera=config(heads=heads), **options)
+        selecting(tmp_path / "new", model, collate=collate, heads=heads)
         states.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
     assert states[0] == states[1]
 
@@ -134,10 +131,8 @@ def flatten(rows: list[dict], mask: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mask, words", [(True, "its attention_mask has the shape"), (False, "it makes 1 rows")])
 def test_a_collator_that_joins_samples_is_refused_before_training(tmp_path, mask, words):
-    model = vlm("llava-llama")
-    options = {"train_dataset": image_rows(model, 24), "data_collator": partial(flatten, mask=mask)}
     with pytest.raises(ValueError, match=f"^data_collator: {words}"):
-        HeraTrainer(model, arguments(tmp_path), hera=config(select_mode="mllm"), **options)
+        selecting(tmp_path, collate=partial(flatten, mask=mask), select_mode="mllm")
 
 
 def test_a_dataset_of_llama_factory_is_refused(tmp_path):

@@ -23,7 +23,7 @@ from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training import Aligner
 from tests.integrations.gradients import check_term, run, token_mean
 from tests.selection.tiny import write_scores
-from tests.tiny_models import collate_rows, image_rows, same, student_processor, teacher_folder, vlm
+from tests.tiny_models import collate_rows, image_files, image_rows, same, student_processor, teacher_folder, vlm
 
 BATCH = 4
 VIRAL = {"heads": None, "granularity": "layer", "layers": "L1", "objective": "viral"}
@@ -55,9 +55,6 @@ def lines(trainer: Trainer) -> list[dict[str, float]]:
         for line in trainer.state.log_history
         if "loss" in line
     ]
-
-
-# -- a run -----------------------------------------------------------------------------------------------------------
 
 
 def lora() -> nn.Module:
@@ -229,10 +226,9 @@ def test_the_mixin_adds_hera_to_a_custom_trainer_whose_collator_sees_no_images(t
 def test_images_of_a_dataset_are_cached_by_their_files_and_the_collator_sees_them_decoded(tmp_path, workers):
     datasets = pytest.importorskip("datasets")
     model = vlm("llava-llama")
-    rows, paths = image_rows(model, 2 * BATCH), []
-    for number, row in enumerate(rows):
-        paths.append(str(tmp_path / f"{number}.png"))
-        row.pop("images")[0].save(paths[-1])
+    rows, paths = image_rows(model, 2 * BATCH), image_files(tmp_path, 2 * BATCH, (9, 9))
+    for row in rows:
+        del row["images"]
     stored = datasets.Dataset.from_list([{"row": n, "image": path} for n, path in enumerate(paths)])
     stored = stored.cast_column("image", datasets.Image())
 
@@ -319,17 +315,6 @@ def test_gradient_caching_restarts_after_a_failed_attempt(tmp_path):
     assert lines(trainer) == lines(straight)
 
 
-def lm_losses(model: nn.Module, rows: list[dict]) -> list[tuple[float, int]]:
-    """Computes the sum of the loss over the labeled tokens of each micro-batch, and their number."""
-    found = []
-    for start in range(0, len(rows), BATCH):
-        batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in rows[start : start + BATCH]])
-        n = int((batch["labels"][:, 1:] != -100).sum())
-        with torch.no_grad():
-            found.append((model(**batch).loss.item() * n, n))
-    return found
-
-
 def no_loss_kwargs() -> nn.Module:
     model = vlm("llava-llama")
     model.accepts_loss_kwargs = False
@@ -359,7 +344,11 @@ def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
         return trainer_of(tmp_path, make(), rows, hera={"weight": weight, "accumulate": accumulate}, **values)
 
     assert trainer_with(0.5).model_accepts_loss_kwargs == accepts
-    losses = lm_losses(make(), rows)
+    model, losses = make(), []  # the sum of the loss over the labeled tokens of each micro-batch, and their number
+    for start in range(0, len(rows), BATCH):
+        batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in rows[start : start + BATCH]])
+        n = int((batch["labels"][:, 1:] != -100).sum())
+        losses.append((model(**batch).loss.item() * n, n))
     logged = check_term(trainer_with, accumulate == "gradcache", 2e-6)
     by_tokens = sum(total for total, _ in losses) / sum(n for _, n in losses)
     by_batches = sum(total / n for total, n in losses) / STEPS

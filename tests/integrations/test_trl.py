@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers as tf
 from packaging.version import Version
-from PIL import Image
 from torch import Tensor, nn
 
 trl = pytest.importorskip("trl", reason="the extra `trl` is not installed")
@@ -31,7 +30,7 @@ from llamafactory_hera.heads.tokens import token_mask  # noqa: E402
 from llamafactory_hera.integrations.trl import HeraSFTTrainer  # noqa: E402
 from recipes.demo import models  # noqa: E402
 from tests.integrations.gradients import check_term, token_mean  # noqa: E402
-from tests.tiny_models import teacher_folder  # noqa: E402
+from tests.tiny_models import noise_images, teacher_folder  # noqa: E402
 
 TRL, TRANSFORMERS = Version(trl.__version__), Version(tf.__version__)
 ROOT = Path(__file__).parents[2]
@@ -86,10 +85,9 @@ FORMATS: dict[str, Callable[[str], dict[str, Any]]] = {
 def dataset(form: str, n: int = BATCH, column: str = "images") -> Any:
     """Makes a dataset whose rows have one image each."""
     rows = []
-    for seed in range(n):
-        pixels = torch.randint(0, 256, (9, 9, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        image = Image.fromarray(pixels.numpy())
-        rows.append({**FORMATS[form](ANSWERS[seed % len(ANSWERS)]), column: image if column == "image" else [image]})
+    for number, image in enumerate(noise_images(n, (9, 9))):
+        answer = ANSWERS[number % len(ANSWERS)]
+        rows.append({**FORMATS[form](answer), column: image if column == "image" else [image]})
     features = datasets.Image() if column == "image" else [datasets.Image()]
     return datasets.Dataset.from_list(rows).cast_column(column, features)
 
@@ -207,19 +205,14 @@ CASES = [
 ]
 
 
-def table(refused: bool) -> Any:
-    cases = [case for case in CASES if bool(case.words) == refused]
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-@table(refused=False)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.words], ids=lambda case: case.name)
 def test_working_options_add_the_gradient_of_the_term_and_nothing_else(tmp_path, case):
     case.skip()
     together = case.hera.get("accumulate") == "gradcache"
     check_term(lambda weight: trainer_of(tmp_path, case, weight), together, 3e-6)
 
 
-@table(refused=True)
+@pytest.mark.parametrize("case", [case for case in CASES if case.words], ids=lambda case: case.name)
 def test_other_options_are_refused_with_reason_and_remedy(tmp_path, case):
     case.skip()
     with pytest.raises(ValueError, match=case.words):
@@ -262,12 +255,6 @@ def test_heads_are_not_selected_on_data_that_is_refused(tmp_path):
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
-def lines(trainer: HeraSFTTrainer) -> list[dict[str, float]]:
-    """Returns the training log lines without the number of tokens, which TRL restarts when it resumes."""
-    logged = [line for line in trainer.state.log_history if "loss" in line]
-    return [{name: value for name, value in line.items() if name != "num_tokens"} for line in logged]
-
-
 def test_the_code_of_the_docs_runs(tmp_path, monkeypatch):
     NAMED["prompt and completion"].skip()
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/trl.md").read_text(encoding="utf-8"), re.DOTALL)
@@ -279,7 +266,7 @@ def test_the_code_of_the_docs_runs(tmp_path, monkeypatch):
     processor().save_pretrained("model")
     names = {"model": "model", "dataset": dataset("prompt and completion", 16)}
     exec(code, names)
-    assert all("lm_loss" in line for line in lines(names["trainer"]))
+    assert all("lm_loss" in line for line in names["trainer"].state.log_history if "loss" in line)
 
 
 @pytest.mark.slow

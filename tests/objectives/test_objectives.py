@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llamafactory_hera.config import OBJECTIVE_KEYS, HeraConfig
 from llamafactory_hera.objectives import TokenBatch, TokenObjective, base, create, find, names, register
-from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N, options, pooled
+from tests.terms import D_TEACHER, OPTIONS, TARGETS, D, N, cosine, options, pooled
 from tests.tiny_models import snapshot
 from tests.training.test_aligner import LAYER, Run
 
@@ -26,10 +26,6 @@ def naive_projection(objective: nn.Module, target: int, vector: Tensor) -> Tenso
             vector = vector * (gelu if len(layers) == 2 else 1 / (1 + torch.exp(-vector)))
         vector = layer.weight @ vector + layer.bias
     return vector
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum() / (a.square().sum().sqrt() * b.square().sum().sqrt())
 
 
 def naive_cka(x: Tensor, y: Tensor) -> Tensor:

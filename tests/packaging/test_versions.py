@@ -14,15 +14,10 @@ def _project(file: str) -> dict:
     return tomllib.loads((ROOT / file).read_text())["project"]
 
 
-def test_the_patches_have_the_version_of_the_core_and_require_it() -> None:
-    patches = _project("patches/pyproject.toml")
+def test_the_patches_have_the_version_of_the_core_and_the_patches_and_the_extra_require_it() -> None:
+    patches, extras = _project("patches/pyproject.toml"), _project("pyproject.toml")["optional-dependencies"]
     assert (patches["version"], patches["dependencies"]) == (VERSION, [f"llamafactory-hera=={VERSION}"])
-
-
-def test_the_extra_requires_the_patches_of_this_version() -> None:
-    assert (
-        f"llamafactory-hera-patches=={VERSION}" in _project("pyproject.toml")["optional-dependencies"]["llamafactory"]
-    )
+    assert f"llamafactory-hera-patches=={VERSION}" in extras["llamafactory"]
 
 
 def test_the_changelog_opens_with_this_version() -> None:

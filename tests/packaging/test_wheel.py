@@ -149,24 +149,19 @@ def test_uninstalling_removes_the_startup_hook_and_every_file(wheels: tuple[Path
     assert list(site.rglob("*hera*")) == []
 
 
-def _needed(*names: str) -> set[str]:
-    """Returns the given distributions and all their direct and indirect dependencies, without extras."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            required = [Requirement(line) for line in requires(name) or []]
-            waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return found
-
-
 def test_heads_are_read_and_trained_without_any_host(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     python, site = _environment(tmp_path / "venv")
     _install(python, wheels[0])
     # transformers needs torchvision to read images but does not declare it; users of a VLM have installed it
-    for name in _needed("llamafactory-hera", "torchvision", "pytest") - {"llamafactory-hera"}:
+    needed: set[str] = set()
+    waiting = ["llamafactory-hera", "torchvision", "pytest"]
+    while waiting:
+        name = waiting.pop()
+        if name not in needed:
+            needed.add(name)
+            required = [Requirement(line) for line in requires(name) or []]
+            waiting += [r.name for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for name in needed - {"llamafactory-hera"}:
         files = distribution(name)
         for top in {file.parts[0] for file in files.files or []} - {"..", "__pycache__"}:
             if not (site / top).exists():

@@ -17,7 +17,7 @@ from recipes.generate.sizes import SIZES
 from tests.e2e.runner import ROOT, free_port
 
 
-def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_them(folder, values, tmp_path):
+def test_recipes_and_keys_are_as_the_generator_writes_them_and_the_index_links_every_recipe(folder, values, tmp_path):
     written = recipes.write_recipes(tmp_path)
     assert {file.relative_to(tmp_path).with_suffix("").as_posix() for file in written} == set(values)
     for file in written:
@@ -26,12 +26,8 @@ def test_recipes_their_index_and_the_page_of_keys_are_as_the_generator_writes_th
     index = (folder / "README.md").read_text(encoding="utf-8")
     assert f"{ablations.MARKS[0]}\n{ablations.index()}\n{ablations.MARKS[1]}" in index
     assert (ROOT / "docs/keys.md").read_text(encoding="utf-8") == reference.page()
-
-
-def test_the_index_links_every_recipe(folder):
-    links = re.findall(r"\]\(([^)]+)\)", (folder / "README.md").read_text(encoding="utf-8"))
     files = {file.relative_to(folder).as_posix() for file in folder.rglob("*.yaml") if file.parent.name != "real"}
-    assert {link for link in links if link.endswith(".yaml")} == files
+    assert {link for link in re.findall(r"\]\(([^)]+)\)", index) if link.endswith(".yaml")} == files
 
 
 def parse(files: list[str]) -> None:

@@ -147,7 +147,7 @@ def test_blocks_are_recomputed_in_the_backward_pass(small):
     assert calls[2:] == list(small.denoiser.blocks)[::-1]
 
 
-def test_parameters_are_initialized_as_in_the_authors_code():
+def test_parameters_have_the_initial_values_and_the_number_of_the_authors_code():
     ross = create("ross", options(n_targets=1, dim=64, teacher_dim=64, side=2))
     bound = math.sqrt(6 / (1024 + 3072))
     spread = {"embed_time.0": 0.02, "embed_time.2": 0.02, "embed_token.1": 0.02}
@@ -157,9 +157,6 @@ def test_parameters_are_initialized_as_in_the_authors_code():
         linear = ross.denoiser.get_submodule(name)
         assert linear.weight.std().item() == pytest.approx(expected, rel=0.02)
         assert not linear.bias.any()
-
-
-def test_the_denoiser_has_the_size_of_the_authors_code():
     with torch.device("meta"):
         ross = Ross(options(n_targets=1, dim=4096, teacher_dim=64, side=27))
     assert sum(parameter.numel() for parameter in ross.parameters()) == pytest.approx(64.4e6, rel=1e-3)

@@ -15,7 +15,7 @@ from llamafactory_hera.heads import Target
 from llamafactory_hera.plots import render
 from llamafactory_hera.selection.gallery import Neighbors, draw_gallery, write_gallery
 from llamafactory_hera.selection.scores import load_files
-from tests.tiny_models import noise_images
+from tests.tiny_models import image_files
 
 from .tiny import write_scores
 
@@ -35,13 +35,8 @@ def write_seen(scores: Path, images: Path, seed: int, heads: int = 2, layers: in
         return torch.stack([torch.randperm(N, generator=generator)[:K] for _ in range(count)]).int()
 
     images.mkdir(exist_ok=True)
-    samples = {}
-    for index, image in enumerate(noise_images(N)):
-        image.save(images / f"{index}.png")
-        samples[index] = [
-            str(images / f"{index}.png"),
-            rf"{index}: $\q$, a caption of a wide image: WWWWWWWWW MMMMMMMM",
-        ]
+    caption = r"$\q$, a caption of a wide image: WWWWWWWWW MMMMMMMM"
+    samples = {index: [path, f"{index}: {caption}"] for index, path in enumerate(image_files(images, N))}
     of_heads = drawn(layers * heads * QUERIES, seed).view(layers, heads, QUERIES, K)
     of_heads[1, 0] = -1  # no score
     tensors = {"queries": torch.tensor([0, 4, 8]).int(), "teacher": drawn(QUERIES, 0), "heads": of_heads}

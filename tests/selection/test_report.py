@@ -22,7 +22,7 @@ from llamafactory_hera.selection.scores import ScoreFile
 from tests.tiny_models import edit_json
 
 from .test_gallery import write_seen
-from .tiny import write_scores
+from .tiny import KEYS, write_scores
 
 NAN = math.nan
 BEFORE = [[0.10, 0.50, 0.30, 0.20], [0.15, 0.60, 0.25, 0.40], [0.05, 0.35, 0.45, 0.55]]
@@ -67,8 +67,7 @@ def test_aligned_heads_replace_the_least_aligned(files, tmp_path, by_file):
 
 def test_a_run_is_compared_only_with_scores_that_were_measured_alike(run, tmp_path, monkeypatch, capsys):
     assert compare([run]).names == ("before", "after")
-    unlike = {"keys": {**json.loads((run / "hera/heads.json").read_text())["provenance"]["keys"]}}
-    unlike["keys"]["hera_select_mode"] = "mllm"
+    unlike = {"keys": KEYS | {"hera_select_mode": "mllm"}}
     write_scores(run / "hera/scores.json", AFTER, **unlike)
     problem = "hera_select_mode was llm, is mllm. Score both with the same recipe"
     with pytest.raises(ValueError, match=f"my_run has no scores before training that are comparable .*{problem}"):
@@ -130,14 +129,8 @@ def test_a_report_that_cannot_be_written_is_refused(run, capsys, arguments, prob
 
 
 def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
-    card = {
-        "steps": 7,
-        "objective": "contrastive",
-        "weight": 0.5,
-        "date": "2026-11-24T10:00",
-        "command": "train r.yaml",
-    }
-    (run / "hera/card.json").write_text(json.dumps(card))
+    card = {"steps": 7, "objective": "contrastive", "weight": 0.5, "command": "train r.yaml"}
+    (run / "hera/card.json").write_text(json.dumps(card | {"date": "2026-11-24T10:00"}))
     row = {"key": "demo/accuracy", "title": "Questions", "n": 9, "values": {"a": 30.0, "b": 41.0}}
     rows = [row | {"differences": {"b": [11.0, -2.0, 25.0]}}, row | {"key": "demo/size", "title": "Sizes"}]
     (tmp_path / "eval").mkdir()
@@ -150,18 +143,7 @@ def test_the_page_is_about_the_run_of_the_last_file(run, tmp_path):
     )
     assert "<pre>train r.yaml</pre>" in page
     cells = re.findall("<td>([^<]*)", page)
-    assert cells[:10] == [
-        "demo",
-        "n",
-        "a",
-        "b",
-        "b − a [95%]",
-        "Questions",
-        "9",
-        "30.0",
-        "41.0",
-        "+11.0 [−2.0, +25.0]",
-    ]
+    assert "; ".join(cells[:10]) == "demo; n; a; b; b − a [95%]; Questions; 9; 30.0; 41.0; +11.0 [−2.0, +25.0]"
     assert cells[10:14] == ["head", "before", "after", "after − before"]
     assert write_report(compare([run]), tmp_path / "new/page") == written  # replaces an earlier report
     assert page.count('src="data:image/webp;base64,') == 4  # two queries, both maps, all queries
@@ -208,13 +190,10 @@ HOSTILE = r"<script>alert(1)</script>|$\frac$"
 
 
 def test_foreign_text_is_escaped_in_every_format(run, tmp_path):
-    for name in ("heads", "scores"):
-        path = run / f"hera/{name}.json"
-        content = json.loads(path.read_text())
-        keys = dict.fromkeys(("hera_select", "hera_select_mode"), HOSTILE)
-        content["provenance"] |= {"model": HOSTILE, "dataset": HOSTILE, "teacher": HOSTILE}
-        content["provenance"]["keys"] |= keys
-        path.write_text(json.dumps(content))
+    foreign = dict.fromkeys(("model", "dataset", "teacher"), HOSTILE)
+    foreign["keys"] = KEYS | dict.fromkeys(("hera_select", "hera_select_mode"), HOSTILE)
+    for name, scores in (("heads", BEFORE), ("scores", AFTER)):
+        write_scores(run / f"hera/{name}.json", scores, **foreign)
     page = write_report(compare([run], [HOSTILE, f"{HOSTILE}2"]), tmp_path / "r")
     text = page.read_text()
     assert "<script" not in text

@@ -102,9 +102,12 @@ def tokenizer():
     )
 
 
-def test_the_caption_has_labels_and_bos_has_none(tokenizer):
+def test_a_caption_has_labels_except_on_bos_and_is_cut_and_an_empty_one_is_none(tokenizer):
     features = encode_caption("a red cross", tokenizer, 16)
     assert features == {"input_ids": [1, 3, 4, 5], "attention_mask": [1] * 4, "labels": [-100, 3, 4, 5]}
+    assert encode_caption("a red cross", tokenizer, 3)["input_ids"] == [1, 3, 4]
+    assert encode_caption("", tokenizer, 16) is None
+    assert encode_caption("  \n ", tokenizer, 16) is None
 
 
 def test_a_tokenizer_whose_chat_template_writes_bos_gives_the_same_caption(tokenizer):
@@ -112,9 +115,3 @@ def test_a_tokenizer_whose_chat_template_writes_bos_gives_the_same_caption(token
     other.add_bos_token, other.chat_template = False, "{{ bos_token }}{{ messages[0]['content'] }}"
     for length in (3, 16):
         assert encode_caption("a red cross", other, length) == encode_caption("a red cross", tokenizer, length)
-
-
-def test_a_long_caption_is_cut_and_an_empty_one_is_none(tokenizer):
-    assert encode_caption("a red cross", tokenizer, 3)["input_ids"] == [1, 3, 4]
-    assert encode_caption("", tokenizer, 16) is None
-    assert encode_caption("  \n ", tokenizer, 16) is None

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import math
-import os
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -147,16 +147,12 @@ def test_the_file_holds_the_origin_of_the_heads(tmp_path):
     assert {file.name for file in path.parent.iterdir()} == {"heads.json", "heads.neighbors.safetensors"}
 
 
-def _select_on_a_rank(rank: int) -> tuple:
-    folder, read, ran = Path(os.environ["SELECTION_TEST_FOLDER"]), [], []
+def _select_on_a_rank(folder: Path, n: int, rank: int) -> tuple:
+    read, ran = [], []
     fingerprint, run = choice.model_fingerprint, Forward.run
     choice.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
-    heads = select_targets(
-        text_inputs(folder),
-        settings(select_samples=int(os.environ["SELECTION_TEST_SAMPLES"])),
-        folder / "two/heads.json",
-    )
+    heads = select_targets(text_inputs(folder), settings(select_samples=n), folder / "two/heads.json")
     n_samples = sum(ran)
     # a single batch, so that a process has none
     few = select_targets(text_inputs(folder), settings(select_samples=8), folder / "few/heads.json")
@@ -165,14 +161,12 @@ def _select_on_a_rank(rank: int) -> tuple:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("samples", "shares"), [(40, (24, 16)), (37, (13, 8, 8, 8))])
-def test_several_processes_share_the_work_and_select_like_one(tmp_path, monkeypatch, samples, shares):
+def test_several_processes_share_the_work_and_select_like_one(tmp_path, samples, shares):
     inputs = text_inputs(tmp_path)
     one = select_targets(inputs, settings(select_samples=samples), tmp_path / "one/heads.json")
     few = select_targets(inputs, settings(select_samples=8), tmp_path / "one/few.json")
-    monkeypatch.setenv("SELECTION_TEST_FOLDER", str(tmp_path))
-    monkeypatch.setenv("SELECTION_TEST_SAMPLES", str(samples))
     (tmp_path / "ranks").mkdir()
-    results = run_ranks(_select_on_a_rank, len(shares), tmp_path / "ranks")
+    results = run_ranks(partial(_select_on_a_rank, tmp_path, samples), len(shares), tmp_path / "ranks")
     expected = (str(one), one.provenance["scores"], one.provenance["layer_scores"], str(few))
     assert [tuple(result[:4]) for result in results] == [expected] * len(shares)
     assert [result[4] for result in results] == [2, 0, 0, 0][: len(shares)]  # only the first reads the weights
@@ -193,7 +187,7 @@ def test_teacher_only_fills_the_cache_for_the_complete_dataset(tmp_path):
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_with_nan_has_no_score_and_is_never_chosen(tmp_path, caplog):
+def test_a_head_with_nan_has_no_score_and_is_never_chosen_and_nan_everywhere_is_an_error(tmp_path, caplog):
     model = text_model("qwen3").eval()
     with torch.no_grad():
         # head 1 of the last layer, so that no head comes after it
@@ -207,14 +201,10 @@ def test_a_head_with_nan_has_no_score_and_is_never_chosen(tmp_path, caplog):
     assert Target(1, 1) not in heads.items
     assert (Neighbors.load(tmp_path / "heads.json").heads[1, 1] == -1).all()
     assert len(heads.items) == 7
-
-
-def test_nan_everywhere_is_an_error(tmp_path):
-    model = text_model("qwen3").eval()
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(math.nan)
     with pytest.raises(ValueError, match=r"^model: the output of every head"):
-        select_targets(text_inputs(tmp_path, model=model), settings(), tmp_path / "heads.json")
+        select_targets(inputs, settings(), tmp_path / "none.json")
 
 
 def test_a_second_selection_for_the_same_run_is_refused_before_anything_is_loaded(tmp_path):

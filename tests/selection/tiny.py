@@ -92,7 +92,12 @@ def _inputs(folder: Path, source: Rows, model: torch.nn.Module, collate: Any) ->
     )
 
 
-def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None = None, **provenance: Any) -> Path:
+#: The keys in the file of a selection.
+KEYS = {"hera_select": "worst", "hera_select_m": 2, "hera_select_mode": "llm", "hera_select_k": 10}
+KEYS |= {"hera_pooling": "answer", "hera_similarity": "cosine"}
+
+
+def write_scores(path: Path, scores: list[list[float]], /, layers: list[str] | None = None, **provenance: Any) -> Path:
     """Writes the file of a selection of the two worst heads, or of the given layers; a NaN score is stored as null."""
     chosen = {"heads": list(map(str, choose_targets(scores, "worst", 2)))} if layers is None else {"layers": layers}
     row = {"score": 0.02, "mean": 0.01, "deviation": 0.002, "z": 5.0, "halves": 93}
@@ -107,14 +112,7 @@ def write_scores(path: Path, scores: list[list[float]], layers: list[str] | None
         "teacher_fingerprint": "b" * 64,
         "samples_digest": "c" * 64,
         "samples": 1000,
-        "keys": {
-            "hera_select": "worst",
-            "hera_select_m": 2,
-            "hera_select_mode": "llm",
-            "hera_select_k": 10,
-            "hera_pooling": "answer",
-            "hera_similarity": "cosine",
-        },
+        "keys": KEYS,
         "chance_level": 0.01,
         "layer_scores": [0.2] * len(scores),
         "scores": [[None if math.isnan(score) else score for score in row] for row in scores],

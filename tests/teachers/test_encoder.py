@@ -253,14 +253,12 @@ def test_missing_weights_are_an_error_unless_no_feature_depends_on_them(kind, lo
         load(folder)
 
 
-@pytest.mark.parametrize(("kind", "side", "fits"), [("clip", 4, True), ("clip", 5, False), ("dinov2", 5, True)])
-def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(kind, side, fits, save_teacher):
-    folder = save_teacher(kind)
-    if fits:
+def test_a_teacher_of_fixed_size_needs_the_grid_of_the_students_tokens(save_teacher):
+    for kind, side in (("dinov2", 5), ("clip", 4)):
+        folder = save_teacher(kind)
         assert VisionTeacher.check(str(folder), side).path == folder
-        return
     with pytest.raises(ValueError, match=r"^hera_teacher: .*clip accepts only images of 32 pixels .* 5 x 5 tokens"):
-        VisionTeacher.check(str(folder), side)
+        VisionTeacher.check(str(folder), 5)
 
 
 @pytest.mark.parametrize("engine", ["zero3", "fsdp"])

@@ -8,8 +8,7 @@ from llamafactory_hera.selection.passes import fill_cache
 from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
-
-from .conftest import make_images
+from tests.tiny_models import image_files
 
 
 class CountingTeacher(VisionTeacher):
@@ -32,10 +31,7 @@ def cache(tmp_path, teacher):
 
 @pytest.fixture
 def paths(tmp_path):
-    paths = [str(tmp_path / f"{i}.png") for i in range(7)]
-    for image, path in zip(make_images(7), paths, strict=True):
-        image.save(path)
-    return paths
+    return image_files(tmp_path, 7)
 
 
 def fill(teacher, cache, images, **options):

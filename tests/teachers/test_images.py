@@ -13,6 +13,7 @@ from llamafactory_hera.teachers.images import (
     sample_images,
     undecoded,
 )
+from tests.tiny_models import image_files
 
 from .conftest import make_images
 
@@ -163,10 +164,7 @@ def dataset_of(kind, paths):
 
 @pytest.fixture
 def pictures(tmp_path):
-    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
-    for image, path in zip(make_images(3), paths, strict=True):
-        image.save(path)
-    return paths
+    return image_files(tmp_path, 3)
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["", "streamed"])

@@ -12,7 +12,7 @@ from llamafactory_hera.teachers.cache import FeatureCache
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import image_key
 from llamafactory_hera.training.collator import CACHED, NO_IMAGE, PIXELS, HeraCollator
-from tests.tiny_models import teacher_folder
+from tests.tiny_models import image_files, teacher_folder
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +22,7 @@ def teacher() -> VisionTeacher:
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[str]:
-    paths = []
-    for index, color in enumerate(("red", "green", "blue")):
-        path = tmp_path / f"{index}.png"
-        Image.new("RGB", (20, 12), color).save(path)
-        paths.append(str(path))
-    return paths
+    return image_files(tmp_path, 3, (20, 12))
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

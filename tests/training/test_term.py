@@ -12,7 +12,7 @@ from llamafactory_hera.alignment import contrastive_loss, nearest_neighbors
 from llamafactory_hera.objectives import Objective, TokenBatch, create
 from llamafactory_hera.training.memory import CrossBatchMemory
 from llamafactory_hera.training.token_term import token_term
-from tests.terms import ContrastiveTerm, options
+from tests.terms import ContrastiveTerm, cosine, options
 
 HEADS, N, D, D_TEACHER = 3, 9, 6, 5
 TAU = torch.tensor(0.2)
@@ -27,10 +27,6 @@ class Naive:
     chance: float
     n_samples: int
     n_duplicates: int
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b / (a.norm() * b.norm())
 
 
 def naive_term(
@@ -181,9 +177,6 @@ def test_k_is_at_most_half_of_the_candidates(z, teacher):
     torch.testing.assert_close(output.loss, contrastive_loss(z, nearest_neighbors(teacher, half), TAU))
     assert output.chance.item() == pytest.approx(half / (N - 1))
     assert not torch.equal(term(z, teacher.flip(0), all_valid(), TAU).loss, output.loss)  # the teacher decides
-
-
-# -- values that are not finite --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

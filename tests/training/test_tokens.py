@@ -1,12 +1,10 @@
 """Objectives on visual tokens of a real model: reading tokens, the teacher's view, and plans."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +18,7 @@ from llamafactory_hera.rivals.ross import Ross
 from llamafactory_hera.training import Aligner
 from llamafactory_hera.training.collator import CACHED
 from llamafactory_hera.training.token_term import StudentImages
+from tests.heads.test_capture_adapters import adapt
 from tests.tiny_models import (
     IMAGE,
     autoencoder_folder,
@@ -46,24 +45,12 @@ def aligner_of(model: nn.Module, **keys: Any) -> Aligner:
 # -- heads at tokens -------------------------------------------------------------------------------------------------
 
 
-def tuned(kind: str) -> nn.Module:
-    """Makes a model with an ``o_proj`` that is plain, has a bias, or has an adapter."""
-    model = vlm(
-        "llava-qwen2" if kind != "bias" else "llava-llama", **({"attention_bias": True} if kind == "bias" else {})
-    )
-    if kind in ("lora", "dora"):
-        options: Any = {"use_dora": kind == "dora", "target_modules": r".*language_model.*\.(q|v|o)_proj"}
-        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **options))
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["plain", "bias", "lora", "dora"])
 def test_heads_at_tokens_equal_slices_of_the_weight(kind, rows):
-    model = tuned(kind)
+    model = vlm("llava-llama", attention_bias=True) if kind == "bias" else vlm("llava-qwen2")
+    if kind in ("lora", "dora"):
+        model = adapt(model, use_dora=kind == "dora")
     batch = vlm_batch(model, rows)
     read: dict[int, Tensor] = {}
     layers = decoder_layers(model)
@@ -187,8 +174,8 @@ def test_patch_features_are_cached_by_content_grid_and_processor(tmp_path):
     model = vlm("llava-llama")
     rows = image_rows(model, 3)
 
-    def step(**keys: Any) -> tuple[list[int], float]:
-        aligner = aligner_of(model, heads=HEADS, objective="feature", teacher_cache=str(tmp_path), **keys)
+    def step() -> tuple[list[int], float]:
+        aligner = aligner_of(model, heads=HEADS, objective="feature", teacher_cache=str(tmp_path))
         batch = aligner.collator(collate_rows, drop=("images",))(rows)
         source = batch["hera_source"].tolist()
         micro_batch = aligner.prepare(batch)
@@ -209,9 +196,6 @@ def test_the_collator_refuses_an_image_that_was_cut_off():
     assert len(collate(rows)["hera_rows"]) == 2
     with pytest.raises(ValueError, match=r"^dataset: a sample with 2 images has 4 image tokens instead of 8"):
         collate([rows[0], {**rows[1], "images": 2 * rows[1]["images"]}])
-
-
-# -- two-way attention -----------------------------------------------------------------------------------------------
 
 
 def test_two_way_attention_is_the_same_in_training_and_evaluation():
@@ -240,13 +224,6 @@ def test_two_way_attention_is_the_same_in_training_and_evaluation():
 # -- the objective's parameters --------------------------------------------------------------------------------------
 
 
-def test_a_fixed_temperature_keeps_the_value_of_the_recipe(tmp_path):
-    model = vlm("llava-llama")
-    aligner_of(model, heads=HEADS, temperature=0.3).save(tmp_path)
-    fixed = aligner_of(model, heads=HEADS, fixed_temperature=True, objective_from=str(tmp_path))
-    assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)
-
-
 def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image():
     model = vlm("llava-llama")
     keys = {"granularity": "layer", "layers": "final", "teacher": autoencoder_folder()}
@@ -271,10 +248,12 @@ class SmallRoss(Ross):
 
 
 def test_an_objective_starts_from_an_earlier_run_with_its_own_learning_rate(tmp_path):
-    model = vlm("llava-llama")
+    model, earlier = vlm("llava-llama"), {"heads": HEADS, "objective_from": str(tmp_path)}
     first = aligner_of(model, heads=HEADS, objective="contrastive", temperature=0.3)
     first.save(tmp_path)
-    second = aligner_of(model, heads=HEADS, objective_from=str(tmp_path), objective_lr=1e-2)
+    fixed = aligner_of(model, **earlier, fixed_temperature=True)
+    assert fixed.logs()["hera_temperature"] == pytest.approx(0.07)  # the value of the recipe
+    second = aligner_of(model, **earlier, objective_lr=1e-2)
     assert second.logs()["hera_temperature"] == pytest.approx(0.3)
     parameter = second.objective.get_parameter("log_temperature")
     parameter.grad = torch.ones(())
@@ -286,11 +265,10 @@ def test_an_objective_starts_from_an_earlier_run_with_its_own_learning_rate(tmp_
     second.optimizer_step(5e-4, peak=1e-3)  # half of the peak
     assert before - parameter.item() == pytest.approx(5e-3, rel=1e-3)
     with pytest.raises(ValueError, match=r"^hera_objective_from: .* hera_objective was contrastive, is feature; give"):
-        aligner_of(model, heads=HEADS, objective="feature", objective_from=str(tmp_path))
+        aligner_of(model, **earlier, objective="feature")
     aligner_of(model, heads=HEADS, objective="feature", projector="separate").save(tmp_path)
     wide = vlm("llava-llama", hidden_size=64)
     with pytest.raises(ValueError, match=r"^hera_objective_from: projectors.0.0.weight does not have the shape"):
-        aligner_of(wide, heads=HEADS, objective="feature", projector="separate", objective_from=str(tmp_path))
+        aligner_of(wide, **earlier, objective="feature", projector="separate")
     with pytest.raises(ValueError, match=r"^hera_objective_from: nowhere has no complete hera/ folder"):
         aligner_of(model, heads=HEADS, objective_from="nowhere")
-    assert math.isfinite(parameter.item())
