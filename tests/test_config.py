@@ -34,7 +34,6 @@ def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys():
 def test_defaults():
     paper = {"hera_weight": 0.01, "hera_k": 10, "hera_temperature": 0.07, "hera_teacher": "facebook/dinov2-large"}
     ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": "auto"}
-    ours |= {"hera_fixed_temperature": False}
     selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "auto", "hera_select_samples": 1000}
     selection |= {"hera_heads": "auto", "hera_layers": "auto"}
     assert {key: KEYS[key].default for key in paper | ours | selection} == paper | ours | selection
@@ -45,7 +44,7 @@ def test_defaults():
 def test_every_key_is_read_from_a_mapping_and_from_an_object():
     values = {
         **{"hera_heads": None, "hera_granularity": "layer", "hera_layers": "L3,L1", "hera_objective": "contrastive"},
-        **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2, "hera_fixed_temperature": True},
+        **{"hera_weight": 0.5, "hera_k": 3, "hera_temperature": 0.2},
         **{"hera_teacher": "a/b", "hera_teacher_cache": "cache", "hera_pooling": "text", "hera_similarity": "dot"},
         **{"hera_memory": 7, "hera_accumulate": "gradcache", "hera_image_index": -1, "hera_max_nan": 2},
         **{"hera_projector": "separate", "hera_objective_lr": 1e-4, "hera_objective_from": "saves/one"},
@@ -76,9 +75,9 @@ def test_an_unknown_key_is_refused_with_a_suggestion():
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
-        ("hera_fixed_temperature", "false", False),
-        ("hera_fixed_temperature", "True", True),
-        ("hera_fixed_temperature", False, False),
+        ("hera_heads_force", "false", False),
+        ("hera_heads_force", "True", True),
+        ("hera_heads_force", False, False),
         ("hera_weight", "1e-2", 0.01),
         ("hera_weight", 1, 1.0),
         ("hera_k", "7", 7),
@@ -106,7 +105,7 @@ def test_values_are_converted_as_yaml_and_command_lines_give_them(key, value, ex
         ("hera_k", 0, "0 is out of range; choose 1 "),
         ("hera_k", 2.5, "2.5 is not a whole number"),
         ("hera_memory", "much", "'much' is not a whole number or one of auto; correct"),
-        ("hera_fixed_temperature", "maybe", "'maybe' is not true or false"),
+        ("hera_heads_force", "maybe", "'maybe' is not true or false"),
         ("hera_teacher", "", "the value is empty; give a folder or a hub id"),
         *(("hera_teacher_cache", value, f"{value} is not text") for value in (False, {"a": 1})),
         ("hera_pooling", "cls", "'cls' is not one of answer, text, mean, last"),

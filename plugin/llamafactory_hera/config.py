@@ -39,7 +39,6 @@ SCORE_KEYS = ("hera_select_mode", "hera_select_k", "hera_pooling", "hera_similar
 FIXED_KEYS = (
     "hera_objective",
     "hera_granularity",
-    "hera_fixed_temperature",
     "hera_projector",
     "hera_visual_attention",
     "hera_pooling",
@@ -51,7 +50,6 @@ RESUMABLE_KEYS = ("hera_weight", "hera_k", "hera_objective_lr", "hera_memory", "
 OBJECTIVE_KEYS = (
     "hera_k",
     "hera_temperature",
-    "hera_fixed_temperature",
     "hera_projector",
     "hera_visual_attention",
     "hera_objective_lr",
@@ -99,7 +97,6 @@ class HeraConfig(KeyedConfig):
     temperature: float = knob(
         0.07, "Initial temperature of the contrastive loss; its logarithm is learned.", at_least=0.001, at_most=100
     )
-    fixed_temperature: bool = knob(False, "Keep the temperature at its initial value instead of learning it.")
     projector: Literal["shared", "separate"] = knob(
         "shared",
         "Projector in feature and viral: one for all heads or layers, with three linear layers and SiLU (shared), or "
@@ -112,7 +109,8 @@ class HeraConfig(KeyedConfig):
     )
     objective_lr: float | None = knob(
         None,
-        "Peak learning rate of the objective's parameters; the default is the run's learning rate.",
+        "Peak learning rate of the objective's parameters, such as the temperature; 0 keeps their initial values. The "
+        "default is the run's learning rate.",
         at_least=0,
         at_most=10,
     )

@@ -61,7 +61,6 @@ def test_a_checkpoint_that_was_not_saved_completely_is_refused(tmp_path):
         ({"objective": "cka"}, "hera_objective was contrastive, is cka"),
         ({"pooling": "text"}, "hera_pooling was answer, is text"),
         ({"similarity": "dot"}, "hera_similarity was cosine, is dot"),
-        ({"fixed_temperature": True}, "hera_fixed_temperature was False, is 0.07"),
         ({"targets": "L2H3,L0H1"}, "hera_heads was L0H1,L2H3, is L2H3,L0H1"),
         ({"digest": "other"}, "hera_teacher was digest, is other"),
         ({"n_trained": 3}, "trained_tensors was 8, is 3"),

@@ -16,9 +16,8 @@ from tests.tiny_models import same
 class Temperature:
     """The contrastive objective's only parameter, and its optimizer."""
 
-    def __init__(self, initial: float, learned: bool = True) -> None:
-        chosen = options(n_targets=1, dim=1, teacher_dim=1, temperature=initial, fixed_temperature=not learned)
-        self.objective = Contrastive(chosen)
+    def __init__(self, initial: float) -> None:
+        self.objective = Contrastive(options(n_targets=1, dim=1, teacher_dim=1, temperature=initial))
         optimizer = ObjectiveOptimizer(self.objective)
         self.log_value = self.objective.log_temperature
         self.step, self.state, self.load_state = optimizer.step, optimizer.state, optimizer.load_state
@@ -69,17 +68,6 @@ def test_a_gradient_that_is_not_finite_is_skipped(gradient):
     temperature.step(0.05)
     assert temperature.log_value.grad is None
     assert train(temperature, [0.5, 0.2]) == train(untouched, [0.5, 0.2])
-
-
-def test_a_fixed_temperature_changes_only_by_loading_a_state():
-    learned, fixed = Temperature(0.07), Temperature(0.5, learned=False)
-    assert not fixed().requires_grad
-    fixed.step(0.1)
-    assert fixed.value == pytest.approx(0.5, rel=1e-6)
-    assert set(fixed.state()) == {"objective.log_temperature"}
-    train(learned, [0.5])
-    fixed.load_state(saved(learned.state()))
-    assert fixed.value == learned.value
 
 
 def saved(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,14 +15,13 @@ from .base import Objective, Options, PooledBatch, register
 class Contrastive(Objective):
     """InfoNCE with several positives and a temperature whose logarithm is learned (paper, sec. 3)."""
 
-    reads = (*Objective.reads, "hera_temperature", "hera_fixed_temperature", "hera_memory", "hera_accumulate")
+    reads = (*Objective.reads, "hera_temperature", "hera_memory", "hera_accumulate")
     least_samples = 3  # each sample then has two candidates; with only one, the loss is log 1 = 0
     logged = ("hera_temperature",)
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        log_temperature = torch.tensor(math.log(options.config.temperature))
-        self.log_temperature = nn.Parameter(log_temperature, requires_grad=not options.config.fixed_temperature)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(options.config.temperature)))
 
     def forward(self, batch: PooledBatch) -> Tensor:
         """Computes the loss of each target and of each sample of this process, 0 for a sample without a neighbor.

@@ -80,8 +80,6 @@ class RunIdentity:
             **{key: keys[key] for key in FIXED_KEYS},
             self.targets.key: str(self.targets),
             "hera_teacher": self.teacher_fingerprint,
-            # a learned temperature continues from the checkpoint, so its initial value may differ
-            "hera_fixed_temperature": self.config.fixed_temperature and self.config.temperature,
             **({} if self.n_trained is None else {"trained_tensors": self.n_trained}),
         }
 

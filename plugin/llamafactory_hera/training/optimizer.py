@@ -20,17 +20,16 @@ class ObjectiveOptimizer:
 
     def __init__(self, objective: Objective) -> None:
         self._parameters = dict(objective.named_parameters())
-        self._trained = {name: p for name, p in self._parameters.items() if p.requires_grad}
-        trained = self._trained.values()
+        parameters = self._parameters.values()
         # the fused optimizer decides on the device whether to update, and counts its updates there
-        self._optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
+        self._optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True) if parameters else None
 
     def step(self, learning_rate: float, scale: float | Tensor = 1.0, skip: Tensor | None = None) -> None:
         """Divides the gradients by ``scale``, steps if all are finite and ``skip`` is false, and clears them."""
         if self._optimizer is None:
             return
         self.reduce_gradients()
-        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         if isinstance(scale, Tensor) or scale != 1.0:
             for gradient in gradients:
                 gradient.mul_(1 / scale)
@@ -46,7 +45,7 @@ class ObjectiveOptimizer:
         """Averages the gradients across processes; every process must call it."""
         if world_size() == 1:
             return
-        for parameter in self._trained.values():
+        for parameter in self._parameters.values():
             if parameter.grad is not None:  # on all processes or on none
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(world_size())
@@ -55,24 +54,23 @@ class ObjectiveOptimizer:
         """Returns copies of the parameters and the optimizer state by name."""
         state = {_VALUES + name: p.detach().clone() for name, p in self._parameters.items()}
         if self._optimizer is not None:
-            for name, parameter in self._trained.items():
+            for name, parameter in self._parameters.items():
                 for slot, value in self._optimizer.state.get(parameter, {}).items():
                     state[f"{_OPTIMIZER}{name}.{slot}"] = value.clone()
         return state
 
     def load_values(self, values: dict[str, Tensor]) -> None:
         """Loads the parameters of another run's :meth:`state`; raises ``ValueError`` if names or shapes differ."""
-        fixed = {_VALUES + name for name in self._parameters if name not in self._trained}
-        found = {name: t for name, t in values.items() if name.startswith(_VALUES) and name not in fixed}
-        trained = {_VALUES + name: p for name, p in self._trained.items()}
-        for name in {**trained, **found}:
-            if name not in found or name not in trained or found[name].shape != trained[name].shape:
+        found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
+        shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (self._parameters, found)]
+        for name in {**shapes[0], **shapes[1]}:
+            if shapes[0].get(name) != shapes[1].get(name):
                 raise ValueError(
-                    f"hera_objective_from: {name.removeprefix(_VALUES)} does not have the shape that this run needs; "
-                    "give a run with the same objective, the same model and the same number of targets."
+                    f"hera_objective_from: {name} does not have the shape that this run needs; give a run with the "
+                    "same objective, the same model and the same number of targets."
                 )
         with torch.no_grad():
-            for name, parameter in trained.items():
+            for name, parameter in self._parameters.items():
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -82,7 +80,7 @@ class ObjectiveOptimizer:
                 parameter.copy_(state[_VALUES + name])
         if self._optimizer is None:
             return
-        for name, parameter in self._trained.items():
+        for name, parameter in self._parameters.items():
             prefix = f"{_OPTIMIZER}{name}."
             slots = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
             # copies, because the optimizer changes them in place
