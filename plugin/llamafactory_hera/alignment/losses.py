@@ -7,12 +7,7 @@ from .neighbors import similarity
 
 
 def contrastive_loss(
-    z: Tensor,
-    neighbors: Tensor,
-    temperature: Tensor | float,
-    normalize: bool = True,
-    allowed: Tensor | None = None,
-    per_head: bool = False,
+    z: Tensor, neighbors: Tensor, temperature: Tensor | float, normalize: bool = True, allowed: Tensor | None = None
 ) -> Tensor:
     """Computes ``L_RA``, averaged over samples (paper, eq. 4) and, if ``z`` has several heads, over these (eq. 8).
 
@@ -25,10 +20,9 @@ def contrastive_loss(
         temperature: The softmax temperature, above 0; a tensor receives gradients if it requires them.
         normalize: True for cosine similarity, false for the dot product.
         allowed: The candidates, as for ``nearest_neighbors``.
-        per_head: True to return the loss of each head instead of their mean.
 
     Returns:
-        A scalar, or ``[H]``; 0 if no sample has a neighbor.
+        A scalar; 0 if no sample has a neighbor.
     """
     m = z.shape[-2]
     n = m if allowed is None else allowed.shape[0]
@@ -37,8 +31,7 @@ def contrastive_loss(
     if allowed is None:
         allowed = ~torch.eye(n, dtype=torch.bool, device=z.device)
     losses, _, _ = sample_losses(similarity(z[..., :n, :], z, normalize), neighbors, temperature, allowed)
-    of_heads = losses.sum(dim=-1) / (neighbors >= 0).any(dim=-1).sum().clamp(min=1)
-    return of_heads if per_head else of_heads.mean()
+    return (losses.sum(dim=-1) / (neighbors >= 0).any(dim=-1).sum().clamp(min=1)).mean()
 
 
 def sample_losses(
