@@ -144,7 +144,9 @@ class HeraConfig(KeyedConfig):
     image_index: int = knob(
         0, "Index of the image that the teacher sees if a sample has several; negative values count from the end."
     )
-    max_nan: int = knob(10, "The run stops after this many consecutive steps with a non-finite HeRA term.", at_least=1)
+    max_nan: int = knob(
+        10, "The run stops after this many consecutive micro-batches with a non-finite HeRA term.", at_least=1
+    )
     heads_force: bool = knob(
         False, "Train heads even if they were selected for a different model, teacher or number of heads."
     )

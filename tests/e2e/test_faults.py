@@ -88,7 +88,7 @@ def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train,
     args = {"model_name_or_path": str(folder), "hera_similarity": "dot", "hera_max_nan": 2}
     run = train(args, ok=False, ranks=2)
     assert run.codes == [1, 1]
-    assert run.output.count("not finite in 2 consecutive steps (hera_max_nan), because of L1H0.") >= 2
+    assert run.output.count("not finite in 2 consecutive micro-batches (hera_max_nan), because of L1H0.") >= 2
     assert _steps_logged(run.folder) == 1
 
 

@@ -280,7 +280,7 @@ def test_steps_with_a_non_finite_term_train_only_on_the_lm_loss(tmp_path, monkey
     before = trainer.aligner.optimizer.state()
     trainer.train()
     rounds = 1 if "accumulate" in keys else 2
-    assert [line["hera_nan_steps"] for line in lines(trainer)] == [rounds, 1, rounds]  # an epoch has three batches
+    assert [line["hera_nan_batches"] for line in lines(trainer)] == [rounds, 1, rounds]  # an epoch has three batches
     after = trainer.aligner.optimizer.state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     plain = vlm("llava-llama")

@@ -253,6 +253,6 @@ def test_an_aligner_trains_it_and_logs_no_plain_micro_batch():
     masked = [term.item() for term in terms if term > 0]
     logs = aligner.logs()
     assert 0 < len(masked) < 20 == len(terms)
-    assert "hera_empty_steps" not in logs  # plain micro-batches are not counted
+    assert "hera_empty_batches" not in logs  # plain micro-batches are not counted
     assert logs["hera_loss"] == pytest.approx(sum(masked) / len(masked))
     assert masked[-1] < 0.8 * masked[0]

@@ -215,14 +215,14 @@ def test_a_run_whose_samples_never_enter_gives_one_warning(keys, why, caplog):
     run = Run(rows=BATCH, with_images=False, **keys)
     for _ in range(12):
         assert run.step() == 0
-    assert run.aligner.logs()["hera_empty_steps"] == 12
+    assert run.aligner.logs()["hera_empty_batches"] == 12
     ours = [record for record in caplog.records if record.name.startswith("llamafactory_hera")]
     assert [record.levelno for record in ours] == [logging.WARNING]
-    assert re.search(f"was 0 in all 10 steps so far: {why}", caplog.text)
+    assert re.search(f"was 0 in all 10 micro-batches so far: {why}", caplog.text)
     short = Run(rows=BATCH, with_images=False, **keys)
     short.step()
     short.aligner.close()  # a shorter run gives the warning at its end
-    assert "was 0 in all 1 steps so far" in caplog.text
+    assert "was 0 in all 1 micro-batches so far" in caplog.text
     good = Run()
     good.step()
     caplog.clear()
@@ -253,13 +253,15 @@ def test_too_many_consecutive_non_finite_terms_stop_the_run(side, monkeypatch):
     assert run.aligner.objective.values() == temperature  # nor does momentum move it
     monkeypatch.setattr(source, name, original)
     steps(1)  # the count starts again
-    assert run.aligner.logs()["hera_nan_steps"] == 2
+    assert run.aligner.logs()["hera_nan_batches"] == 2
     monkeypatch.setattr(source, name, broken)
     steps(3)  # the error comes later, because a step does not wait for the device
     where = (
         "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. Check the teacher's weights"
     )
-    with pytest.raises(RuntimeError, match=rf"not finite in 3 consecutive steps \(hera_max_nan\), because of {where}"):
+    with pytest.raises(
+        RuntimeError, match=rf"not finite in 3 consecutive micro-batches \(hera_max_nan\), because of {where}"
+    ):
         run.aligner.logs()
 
 
@@ -268,7 +270,7 @@ def test_the_error_says_that_a_model_was_nan_from_the_start():
     with torch.no_grad():
         run.model.get_input_embeddings().weight.fill_(math.nan)
     run.step()
-    with pytest.raises(RuntimeError, match="No step was finite: the model's weights may be NaN"):
+    with pytest.raises(RuntimeError, match="No term was finite: the model's weights may be NaN"):
         run.step()
 
 

@@ -17,7 +17,7 @@ from .term import TermOutput
 
 logger = logging.getLogger("llamafactory_hera")
 
-_IDLE_STEPS = 10  # a run warns if no sample entered the loss in this many steps from its start
+_IDLE_BATCHES = 10  # a run warns if no sample entered the loss in this many micro-batches from its start
 
 
 class Watch:
@@ -35,7 +35,7 @@ class Watch:
         self.left_out: Tensor | None = None
         self._config, self._targets, self._objective = config, targets, objective
         self._batch_checked = self._gradient_due = self._entered = self._gradient_expected = False
-        self._idle_steps: int | None = 0  # None once a sample has entered the loss
+        self._idle_batches: int | None = 0  # None once a sample has entered the loss
         self._nan_in_a_row = self._most_nan = torch.zeros((), dtype=torch.long, device=device)
         self._was_finite = torch.zeros((), dtype=torch.bool, device=device)
         self._broken = torch.zeros(len(targets.items), dtype=torch.bool, device=device)
@@ -84,17 +84,17 @@ class Watch:
         self.statistics.add(hera_loss=torch.where(output.comparable, output.loss.detach(), math.nan))
         if output.mknn is not None and output.chance is not None:
             self.statistics.add(hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
-        self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_steps=~sound)
+        self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_batches=~sound)
         if not planned:
-            self.statistics.count(hera_empty_steps=sound & ~entered)
+            self.statistics.count(hera_empty_batches=sound & ~entered)
         if not self.gradient_checked:
             self.sync()
             self._gradient_expected, self._entered = bool(output.gradient_expected), bool(entered & sound)
             if self._entered:
-                self._idle_steps = None
-            elif self._idle_steps is not None and not planned and sound:
-                self._idle_steps += 1
-                if self._idle_steps == _IDLE_STEPS:
+                self._idle_batches = None
+            elif self._idle_batches is not None and not planned and sound:
+                self._idle_batches += 1
+                if self._idle_batches == _IDLE_BATCHES:
                     self._warn_of_idleness()
 
     def before_backward(self, representations: Tensor, valid: Tensor) -> None:
@@ -124,12 +124,12 @@ class Watch:
         where = ", ".join(name for name, bad in zip(self._targets.names, self._broken.tolist(), strict=True) if bad)
         remedy = "Lower the learning rate, or train in bf16 or fp32 instead of fp16"
         if not self._was_finite.item():
-            remedy = "No step was finite: the model's weights may be NaN or exceed fp16's range; use other weights"
+            remedy = "No term was finite: the model's weights may be NaN or exceed fp16's range; use other weights"
         if not where:
             where, remedy = "the teacher's features", "Check the teacher's weights and the images"
         raise RuntimeError(
-            f"The HeRA term was not finite in {in_a_row} consecutive steps (hera_max_nan), because of {where}. "
-            f"{remedy}."
+            f"The HeRA term was not finite in {in_a_row} consecutive micro-batches (hera_max_nan), because of "
+            f"{where}. {remedy}."
         )
 
     def close(self) -> None:
@@ -138,14 +138,14 @@ class Watch:
         self._warn_of_idleness()
 
     def _warn_of_idleness(self) -> None:
-        if not self._idle_steps or rank() > 0 or self._config.weight == 0:
+        if not self._idle_batches or rank() > 0 or self._config.weight == 0:
             return
         why = f"no batch had {self._objective.least_samples} samples with an image"
         remedy = "Mix in more samples with images, or use a larger batch"
         if self._config.reads("hera_memory"):
             why = "no sample with an image could be compared with a sample that shows a different image"
             remedy += f", or set hera_memory: {4 * self._config.k}"
-        logger.warning(f"The HeRA term was 0 in all {self._idle_steps} steps so far: {why}. {remedy}.")
+        logger.warning(f"The HeRA term was 0 in all {self._idle_batches} micro-batches so far: {why}. {remedy}.")
 
 
 class RunningMeans:
