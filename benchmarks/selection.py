@@ -19,9 +19,9 @@ import transformers as tf
 from PIL import Image
 
 from llamafactory_hera.config import HeraConfig
-from llamafactory_hera.selection.choice import select_targets
 from llamafactory_hera.selection.passes import Forward, plan_batches
 from llamafactory_hera.selection.samples import SelectionInputs, draw_samples
+from llamafactory_hera.selection.select import select_targets
 from llamafactory_hera.teachers.encoder import VisionTeacher
 from llamafactory_hera.teachers.images import load_image
 

@@ -19,7 +19,7 @@ from llamafactory_hera.heads.capture import LayerCapture
 from llamafactory_hera.heads.families import head_layout, model_config
 from llamafactory_hera.heads.hooks import Hooks
 from llamafactory_hera.keys import changes
-from llamafactory_hera.selection.select import evaluating
+from llamafactory_hera.selection.rows import evaluating
 from llamafactory_hera.training.watch import RunningMeans
 
 from . import directions as geometry

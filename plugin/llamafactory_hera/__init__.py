@@ -19,7 +19,7 @@ _MODULES = {
     "HeraSFTTrainer": "integrations.trl",
     "HeraTrainer": "integrations.transformers",
     "mutual_knn": "alignment",
-    "select_heads": "selection.select",
+    "select_heads": "selection.rows",
 }
 __all__ = [*_MODULES]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from llamafactory_hera.backbones.build import build_backbone
-from llamafactory_hera.selection.select import chat_collator
+from llamafactory_hera.selection.rows import chat_collator
 from llamafactory_hera.teachers.images import sample_images
 from tests.backbones.tiny import save_language_model, save_tower
 from tests.e2e.runner import ROOT, HostServer

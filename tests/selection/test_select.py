@@ -15,12 +15,12 @@ from llamafactory_hera.alignment import mutual_knn, nearest_neighbors
 from llamafactory_hera.heads import Target, Targets
 from llamafactory_hera.heads.capture import HeadCapture
 from llamafactory_hera.heads.families import decoder_layers
-from llamafactory_hera.selection import choice
-from llamafactory_hera.selection.choice import fill_teacher_cache, select_targets
+from llamafactory_hera.selection import select
 from llamafactory_hera.selection.gallery import Neighbors
 from llamafactory_hera.selection.passes import Forward
 from llamafactory_hera.selection.samples import draw_samples
 from llamafactory_hera.selection.scores import ScoreFile
+from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 from tests.ranks import holder, run_ranks
 from tests.tiny_models import HEADS, LAYERS, noise_images, text_model
 
@@ -149,8 +149,8 @@ def test_the_file_holds_the_origin_of_the_heads(tmp_path):
 
 def _select_on_a_rank(folder: Path, n: int, rank: int) -> tuple:
     read, ran = [], []
-    fingerprint, run = choice.model_fingerprint, Forward.run
-    choice.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
+    fingerprint, run = select.model_fingerprint, Forward.run
+    select.model_fingerprint = lambda *args: read.append(rank) or fingerprint(*args)
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
     heads = select_targets(text_inputs(folder), settings(select_samples=n), folder / "two/heads.json")
     n_samples = sum(ran)

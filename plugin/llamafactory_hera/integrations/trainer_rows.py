@@ -15,8 +15,8 @@ from ..heads.families import head_layout, model_config
 from ..heads.fingerprint import is_sharded, model_fingerprint, weights_of
 from ..heads.targets import AUTO, Targets
 from ..selection.resolve import Run, resolve_targets
+from ..selection.rows import N_SEARCHED, CollatedRows, ImagesOf, evaluating, is_frozen, spread
 from ..selection.samples import STREAM_ROWS, SelectionInputs, with_mode
-from ..selection.select import N_SEARCHED, CollatedRows, ImagesOf, evaluating, is_frozen, spread
 from ..teachers.images import IMAGE_COLUMNS, images_by, is_stream, undecoded
 from ..training.checkpoint import checkpoint_of
 

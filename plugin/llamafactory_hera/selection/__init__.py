@@ -1,1 +1,1 @@
-"""Head selection: `choice.select_targets` scores and chooses heads, given a host's `samples.SelectionInputs`."""
+"""Head selection: `select.select_targets` scores and chooses heads, given a host's `samples.SelectionInputs`."""

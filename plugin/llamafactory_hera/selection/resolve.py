@@ -17,10 +17,10 @@ from ..distributed import on_first, rank
 from ..files import RUN_FOLDER
 from ..heads.targets import AUTO, Targets, file_name
 from ..teachers.encoder import teacher_fingerprint, teacher_folder
-from .choice import select_targets
 from .report import show
 from .samples import SelectionInputs
 from .scores import SAME_RUN, SAME_SELECTION, differences
+from .select import select_targets
 
 logger = logging.getLogger("llamafactory_hera")
 

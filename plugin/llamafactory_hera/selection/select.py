@@ -1,219 +1,194 @@
-"""Selects heads or layers on the rows of a training loop, encoded by a collator."""
+"""Chooses heads or layers: scores all of them on samples, measures how firm the choice is, and writes it to a file."""
 
-import hashlib
-import json
+import logging
+import math
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
-from itertools import groupby, islice
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor
 
-from ..config import HeraConfig
-from ..distributed import on_first, rank
-from ..heads.families import media_token_ids, model_config, text_decoder
-from ..heads.targets import Targets, file_name
-from ..heads.tokens import IGNORE_INDEX, check_row_count, token_mask
-from ..teachers.encoder import VisionTeacher
-from ..teachers.images import ImageLike, image_key, images_by, load_image, sample_images
-from .choice import select_targets
-from .report import show
-from .resolve import untouched_random_state
-from .samples import Collate, Features, SelectionInputs, encode_caption, with_mode
+from ..alignment.neighbors import chance_level, nearest_neighbors
+from ..alignment.scoring import head_neighbors, mean_shared, nearest_samples, shared_neighbors
+from ..config import AUTO_SAMPLES, HeraConfig, selection_keys
+from ..distributed import on_first, rank, world_size
+from ..files import PICTURE, RUN_FOLDER, check_replaceable, locked
+from ..heads.families import head_layout, model_config
+from ..heads.fingerprint import model_fingerprint
+from ..heads.probe import projection_weights
+from ..heads.targets import AUTO, Granularity, Targets
+from ..teachers.cache import FeatureCache
+from ..teachers.images import chosen_image, image_key
+from .firmness import Firmness, measure_firmness
+from .gallery import write_neighbors
+from .passes import fill_cache, pooled_outputs
+from .samples import Sample, SelectionInputs, draw_samples, neighbor_count
+from .scores import SCORE_FILES, SELECTIONS, choose_targets, package_versions
 
-#: The number of rows to search for an image first. If none has an image, all rows of a sized dataset are searched.
-N_SEARCHED = 1024
-_N_DIGESTED = 8  # rows in the digest of a dataset
+logger = logging.getLogger("llamafactory_hera")
 
-ImagesOf = Callable[[Any], list[ImageLike]]
+_TEACHER_FEATURES = "features-teacher"  # the cache during a selection if hera_teacher_cache is not set
 
 
-def select_heads(
-    model: nn.Module,
-    rows: Sequence[Any],
-    processor: Any,
-    hera: HeraConfig,
-    *,
-    collate: Collate | None = None,
-    folder: str | Path | None = None,
-    images_of: ImagesOf = sample_images,
-) -> Targets:
-    """Selects the heads or layers of a model for a training loop of your own; all processes call it together.
+def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
+    """Scores all heads and layers, chooses targets, and writes all of it to a file. All processes call it together."""
+    with ExitStack() as stack:
+        if path.parent.name == RUN_FOLDER:
+            on_first(lambda: stack.enter_context(locked(path.parents[1])))
+        on_first(lambda: check_replaceable({path: '"provenance"', path.with_suffix(".png"): PICTURE}))
+        scored = _ScoredSamples(inputs, config)
+        for count in _sample_counts(config, path):
+            scored.extend(draw_samples(inputs.source, config, count), path.parent)
+            chosen = on_first(scored.choose)
+            warning = Firmness(**chosen.provenance["firmness"]).warning
+            if not warning or len(scored.samples) < count:
+                break
+        if warning and path.name in SELECTIONS and rank() == 0:
+            logger.warning(f"{chosen.key}: {warning}")
+        on_first(lambda: scored.write(path, chosen))
+        return chosen
 
-        aligner = Aligner(model, hera, targets=select_heads(model, rows, processor, hera))
 
-    Args:
-        model: A transformers model, complete on this process.
-        rows: The training data.
-        processor: The model's processor, or the tokenizer of a language model. It may be None if ``collate`` is given.
-        hera: The ``hera_*`` keys.
-        collate: Turns rows into a batch with ``labels``. The default reads the chat messages of a row: ``messages``,
-            or ``prompt`` and ``completion``. The last message is the answer.
-        folder: A folder for ``heads.json`` and its pictures; by default nothing is kept.
-        images_of: Maps a row to its images.
+def _sample_counts(config: HeraConfig, path: Path) -> list[int]:
+    """Lists the sample counts to try in order; only ``auto`` tries several.
 
-    Raises:
-        ValueError: The rows, the model or a key is unsuitable.
+    With ``auto``, a run is scored on as many samples as the earlier scores in its folder, so they can be compared.
     """
-    device = next(model.parameters()).device
-    config = with_mode(hera, model_config(model), is_frozen(model))
-    encoded = CollatedRows(model, rows, collate or chat_collator(processor, images_of), images_of, config, processor)
-    place = Path(folder or on_first(tempfile.mkdtemp))
-    path = place / file_name(config.granularity)
-    try:
-        with untouched_random_state(), evaluating(model, device):
-            chosen = select_targets(encoded.inputs(model, model, device, torch.float32), config, path)
-            if folder and rank() == 0:
-                show(path)
-            return chosen
-    finally:
-        if not folder:
-            on_first(lambda: shutil.rmtree(place))
+    if config.select_samples != AUTO:
+        return [config.most_samples]
+    for earlier in map(path.with_name, () if path.name in SELECTIONS else SCORE_FILES[::-1]):
+        if earlier.is_file() and (n := Targets.load(earlier).provenance.get("samples")):
+            return [n]
+    return list(AUTO_SAMPLES)
 
 
-def chat_collator(processor: Any, images_of: ImagesOf) -> Collate:
-    """Returns a collator of chat messages that labels the last message of each row."""
+class _ScoredSamples:
+    """The outputs of a model and a teacher for the same samples, and the choice of heads or layers based on them."""
 
-    def collate(rows: list[Any]) -> dict[str, Any]:
-        chats = [row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]] for row in rows]
-        texts = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
-        prompts = [processor.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
-        images = [[load_image(image) for image in images_of(row)] for row in rows]
-        bos = getattr(processor, "tokenizer", processor).bos_token  # the tokenizer must not add what a template writes
-        added = not (bos and texts[0].startswith(bos))
-        options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": added}
-        if any(images):
-            options["images"] = images
-        batch = processor(text=texts, **options)
-        n_prompt = processor(text=prompts, **options)["attention_mask"].sum(dim=1, keepdim=True)
-        answered = (torch.arange(batch["input_ids"].shape[1]) >= n_prompt) & batch["attention_mask"].bool()
-        return {**batch, "labels": torch.where(answered, batch["input_ids"], IGNORE_INDEX)}
+    def __init__(self, inputs: SelectionInputs, config: HeraConfig) -> None:
+        self.samples: list[Sample] = []
+        self._heads: list[Tensor] = []
+        self._layers = torch.empty(0)
+        self._inputs, self._config = inputs, config
+        self._rule = partial(choose_targets, strategy=config.select, m=config.select_m, seed=config.select_seed)
 
-    return collate
+    def extend(self, samples: list[Sample], folder: Path) -> None:
+        """Runs the model and the teacher on the new samples; ``samples`` starts with the earlier samples."""
+        config, known = self._config, len(self.samples)
+        self._teacher, self._teacher_fingerprint = _teacher_features(samples, self._inputs, config, folder)
+        if not known:
+            self._model = self._inputs.load_model()
+            layout = self._layout = head_layout(model_config(self._model))
+            # only these heads may be chosen; a layer without heads has none
+            widths = [[n] if config.select_mixers in ("all", mixer) else [0] for mixer, n, *_ in layout.layers]
+            of_heads = np.where(np.arange(layout.n_heads) < widths, 1.0, np.nan)
+            self._choosable = of_heads if config.granularity == "head" else np.ones(layout.n_layers)
+            self._rule(self._choosable)  # raises before the passes if there are too few heads or layers
+        features = [sample.features for sample in samples[known:]]
+        heads, layers = pooled_outputs(self._inputs, self._model, features, config)
+        self._heads = [torch.cat(parts) for parts in zip(self._heads, heads, strict=True)] if known else heads
+        self._layers = torch.cat([self._layers, layers]) if known else layers
+        self.samples = samples
 
+    def _neighbors(self, granularity: Granularity, samples: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Finds neighbors for all heads ``[L, H, N, k]`` or layers ``[L, N, k]``, and for the teacher ``[N, k]``."""
+        teacher, normalize = self._teacher[samples], self._config.normalize
+        k, device = neighbor_count(self._config, len(teacher)), next(self._model.parameters()).device
+        if granularity == "head":
+            heads = (layer[samples].to(device) for layer in self._heads)
+            found = head_neighbors(heads, projection_weights(self._model), k, normalize)
+        else:
+            layers, queries = self._layers[samples].unbind(1), torch.arange(len(teacher))
+            found = torch.stack([nearest_samples(layer.to(device), None, queries, k, normalize) for layer in layers])
+        return found.cpu(), nearest_neighbors(teacher, k, normalize).cpu()
 
-def is_frozen(model: nn.Module) -> bool:
-    """Returns True if no parameter of the text decoder is trained."""
-    return not any(parameter.requires_grad for parameter in text_decoder(model).parameters())
+    def choose(self) -> Targets:
+        """Chooses heads or layers, and measures how firm the choice is."""
+        inputs, config, granularity = self._inputs, self._config, self._config.granularity
+        self._of_heads, self._of_teacher = self._neighbors("head")
+        neighbors = {"head": self._of_heads, "layer": self._neighbors("layer")[0]}
+        counts = {name: shared_neighbors(found, self._of_teacher) for name, found in neighbors.items()}
+        n, k = self._of_teacher.shape
+        scores, layer_scores = (mean_shared(of_all, k) for of_all in counts.values())
+        if scores.isnan().all():
+            problem = "the output of every head contains NaN or infinity; the checkpoint is damaged or exceeds"
+            raise ValueError(f"model: {problem} the range of fp16; use bf16 or fp32.")
 
+        def rescore(samples: slice) -> tuple[np.ndarray, float]:
+            found, of_teacher = self._neighbors(granularity, samples)
+            of_some = mean_shared(shared_neighbors(found, of_teacher), of_teacher.shape[1])
+            return of_some.numpy() * self._choosable, chance_level(*of_teacher.shape)
 
-class CollatedRows:
-    """A Source of samples: rows that a collator encodes. The caller must preserve the random state."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Sequence[Any],
-        collate: Collate,
-        images_of: ImagesOf,
-        config: HeraConfig,
-        processor: Any = None,
-        name: str = "dataset",
-    ) -> None:
-        self._rows, self._collate, self._images_of, self._name = rows, collate, images_of, name
-        self._config, configuration = config, model_config(model)
-        self._media = media_token_ids(configuration)
-        self.model_name: str = getattr(configuration, "_name_or_path", "") or type(model).__name__
-        tokenizer = getattr(processor, "tokenizer", processor)
-        self.tokenizer = tokenizer if hasattr(tokenizer, "batch_decode") else None
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def images(self, row: int) -> list[ImageLike]:
-        """Returns the images of a row, encoded if the dataset allows it."""
-        return images_by(self._images_of, self._rows[row])
-
-    def encode(self, row: int) -> Features | None:
-        """Encodes a row with the collator; in mode ``llm``, returns its labeled tokens as a caption."""
-        batch = self._of_numbers([{"row": row}])
-        ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
-        token_mask(self._config.pooling, ids, mask, labels)  # raises if labels are missing
-        attended = token_mask("mean", ids, mask)[0]
-        labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
-        tokens, labels = ids[0][attended].tolist(), labels[0][attended].tolist()
-        if self._config.select_mode == "llm":
-            return self._caption(tokens, labels)
-        return {"input_ids": tokens, "labels": labels, "row": row}
-
-    def _caption(self, tokens: list[int], labels: list[int]) -> Features | None:
-        pairs = [(t, label != IGNORE_INDEX) for t, label in zip(tokens, labels, strict=True) if t not in self._media]
-        answers = [[token for token, _ in run] for labeled, run in groupby(pairs, lambda pair: pair[1]) if labeled]
-        if self.tokenizer is None:
-            ids = [token for answer in answers for token in answer]
-            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} if ids else None
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return encode_caption("\n".join(text.strip() for text in texts), self.tokenizer, len(tokens))
-
-    def collator(self, model: nn.Module) -> Collate:
-        """Returns the collator of the encoded rows."""
-        return _pad_captions if self._config.select_mode == "llm" else self._of_numbers
-
-    def _of_numbers(self, features: list[Features]) -> dict[str, Any]:
-        """Collates rows, given by their numbers."""
-        batch = self._collate([self._rows[feature["row"]] for feature in features])
-        check_row_count(batch, len(features))
-        return batch
-
-    def inputs(
-        self, model: nn.Module, weights: Path | nn.Module, device: torch.device, dtype: torch.dtype, **others: Any
-    ) -> SelectionInputs:
-        """Returns the inputs of a selection on these rows, with a teacher on ``device`` that computes in ``dtype``."""
-        return SelectionInputs(
-            source=self,
-            load_model=lambda: model,
-            collator=self.collator,
-            load_teacher=partial(VisionTeacher.from_pretrained, self._config.teacher, device, dtype),
-            model_name=self.model_name,
-            weights=weights,
-            dataset_name=self.name,
-            tokenizer=self.tokenizer,
-            **others,
+        choosable = counts[granularity].numpy() * self._choosable[..., None]
+        chosen = self._rule(choosable.mean(-1))
+        arrays = choosable, neighbors[granularity].numpy(), self._of_teacher.numpy()
+        firmness = measure_firmness(chosen, self._rule, *arrays, rescore, config.select_seed)
+        return Targets(
+            chosen,
+            {
+                "model": inputs.model_name,
+                "adapters": [str(folder) for folder in inputs.adapter_folders],
+                "teacher": config.teacher,
+                "keys": selection_keys(config),
+                "dataset": inputs.dataset_name,
+                "batch_size": config.select_batch_size,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "versions": package_versions(),
+                "model_fingerprint": model_fingerprint(inputs.weights, self._layout, inputs.adapter_folders),
+                "teacher_fingerprint": self._teacher_fingerprint,
+                "samples_digest": sha256(b"".join(sample.key for sample in self.samples)).hexdigest(),
+                "samples": n,
+                "compute_dtype": str(inputs.autocast or next(self._model.parameters()).dtype).removeprefix("torch."),
+                "chance_level": chance_level(n, k),
+                "firmness": firmness._asdict(),
+                "layer_scores": _as_json(layer_scores),
+                "scores": [_as_json(row) for row in scores],
+            },
         )
 
-    @cached_property
-    def name(self) -> str:
-        """The name of the dataset, if it has one, its size, and a digest of some rows as the model sees them."""
-        digest, places = hashlib.sha256(), islice((row for row in spread(len(self)) if self.images(row)), _N_DIGESTED)
-        for row in places:
-            digest.update(b"".join(map(image_key, self.images(row))))
-            digest.update(json.dumps((self.encode(row) or {}).get("input_ids")).encode())
-        return f"{self._name} ({len(self)} rows, {digest.hexdigest()[:8]})"
+    def write(self, path: Path, chosen: Targets) -> None:
+        """Writes the file of the choice and, for the gallery, the neighbors of some samples."""
+        write_neighbors(path, self.samples, self._of_teacher, self._of_heads, self._inputs.tokenizer)
+        chosen.save(path)
+        shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
 
 
-def spread(count: int) -> Sequence[int]:
-    """Lists up to :data:`N_SEARCHED` numbers below ``count``, evenly spaced from 0."""
-    return range(0, count, max(1, -(-count // N_SEARCHED)))
+def _as_json(scores: Tensor) -> list[float | None]:
+    return [None if math.isnan(score) else round(score, 7) for score in scores.tolist()]
 
 
-def _pad_captions(captions: list[Features]) -> dict[str, Any]:
-    """Collates captions into a padded batch for the language model, without images."""
-    padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
-    return {
-        name: pad_sequence([torch.tensor(caption[name]) for caption in captions], True, value)
-        for name, value in padding.items()
-    }
+def _teacher_features(
+    samples: list[Sample], inputs: SelectionInputs, config: HeraConfig, folder: Path
+) -> tuple[Tensor, str]:
+    """Returns the teacher's features ``[N, D]`` of N images and its fingerprint, and frees the teacher's memory."""
+    teacher = inputs.load_teacher()
+    cache = FeatureCache(config.teacher_cache or folder / _TEACHER_FEATURES, teacher.fingerprint, teacher.dim)
+    share = {sample.key: sample.image for sample in samples[rank() :: world_size()]}
+    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
+    found = cache.get([sample.key for sample in samples])
+    features = torch.stack([feature for feature in found if feature is not None]).float().to(teacher.device)
+    digest = teacher.fingerprint
+    del teacher
+    clear_device_cache(garbage_collection=True)
+    return features, digest
 
 
-@contextmanager
-def evaluating(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Moves a model to the device of the run and into evaluation mode, and restores both afterward."""
-    training = [module for module in model.modules() if module.training]
-    before = next(model.parameters()).device
-    moved = before != device and not hasattr(model, "hf_device_map")
-    model.eval()
-    try:
-        if moved:
-            model.to(device)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        if moved:
-            model.to(before)
+def fill_teacher_cache(inputs: SelectionInputs, config: HeraConfig) -> int:
+    """Fills the teacher cache with the features of the complete dataset; returns the number of images in the cache."""
+    if config.teacher_cache is None:
+        raise ValueError("hera_teacher_cache: it is not set, but --teacher-only fills this cache; set it to a folder.")
+    found = (inputs.source.images(row) for row in range(len(inputs.source)))
+    images = [images[chosen_image(len(images), config.image_index)] for images in found if images]
+    if not images:
+        raise ValueError(f"dataset: {inputs.dataset_name} contains no image; use a dataset with images.")
+    teacher = inputs.load_teacher()
+    cache = FeatureCache(config.teacher_cache, teacher.fingerprint, teacher.dim)
+    share = {image_key(image): image for image in images[rank() :: world_size()]}
+    fill_cache(teacher, cache, share, config.select_batch_size, inputs.num_workers)
+    return len(cache)

@@ -15,10 +15,10 @@ from llamafactory_hera.heads.targets import file_name
 from llamafactory_hera.hub import is_adapter
 from llamafactory_hera.integrations.messages import show_messages
 from llamafactory_hera.integrations.model_card import add_scores
-from llamafactory_hera.selection.choice import fill_teacher_cache, select_targets
 from llamafactory_hera.selection.report import show
 from llamafactory_hera.selection.run_yaml import RecipeFile
 from llamafactory_hera.selection.scores import SCORE_FILES
+from llamafactory_hera.selection.select import fill_teacher_cache, select_targets
 
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys, resolved_mode
 from .inputs import UnlabeledSamples, selection_inputs
