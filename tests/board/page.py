@@ -16,12 +16,7 @@ _EXTRA = {"use_cpu": True, "logging_steps": 1, "overwrite_cache": True, "preproc
 
 
 class BoardPage:
-    """A loaded page.
-
-    Attributes:
-        page: The page of Playwright.
-        errors: Uncaught errors of its scripts.
-    """
+    """A loaded page of Playwright, and the uncaught errors of its scripts."""
 
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
@@ -81,13 +76,7 @@ class BoardPage:
         return {key: value.strip() for key, _, value in pairs if key}
 
     def describe_run(self, output_dir: str, extra: dict[str, Any] | None = None, **fields: Any) -> None:
-        """Fills the page for a short HeRA run on the demo model.
-
-        Args:
-            output_dir: Name of the output folder.
-            extra: Keys for the field "Extra arguments".
-            **fields: Other fields by label, with ``_`` for spaces.
-        """
+        """Fills the page for a short HeRA run on the demo model; ``fields`` are labels with ``_`` for spaces."""
         path = re.compile("models/qwen3_4b|hera_demo/model")  # the host remembers the second path
         for timeout in (20_000, 20_000, QUICK):
             self.choose("Model name", "LLaVA-Qwen3-4B-HeRA")
