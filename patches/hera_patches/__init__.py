@@ -1,8 +1,8 @@
 """Changes to LLaMA-Factory (the host) in memory; its files on disk stay unchanged.
 
 ``llamafactory_hera_patches.pth`` runs at every start of Python, and adds a small import hook, which calls
-:func:`install` as soon as a program imports the host. From Python 3.15 on, ``llamafactory_hera_patches.start`` calls
-the function directly. It adds :class:`PatchFinder`, which changes each module of the host right after its import.
+``install`` as soon as a program imports the host. From Python 3.15 on, ``llamafactory_hera_patches.start`` calls
+the function directly. It adds ``PatchFinder``, which changes each module of the host right after its import.
 """
 
 import os

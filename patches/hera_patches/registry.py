@@ -39,7 +39,7 @@ MISFITS: dict[str, str | None] = {}
 def patch(
     host: str, functions: dict[str, str] | None = None, used: dict[str, str] | None = None
 ) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Returns a decorator that registers a function as the patch of a module; see :class:`Patch` for the arguments."""
+    """Returns a decorator that registers a function as the patch of a module; see ``Patch`` for the arguments."""
 
     def register(apply: Callable[[Any], None]) -> Callable[[Any], None]:
         summary, for_training = (apply.__doc__ or "").partition("\n")[0], apply.__module__.endswith(".training")

@@ -60,7 +60,7 @@ def tuner(module: Any) -> None:
     """Raises an error if a HeRA run trained without HeRA, and prints refusals as one line.
 
     The host chooses a workflow by arguments and environment variables, and each release adds more. The patch therefore
-    checks that the HeRA workflow starts before the host reads data (:func:`data_loader`), or before the host ends.
+    checks that the HeRA workflow starts before the host reads data (``data_loader``), or before the host ends.
     """
 
     @around(module)

@@ -190,7 +190,7 @@ class Coupler:
             raise ValueError(f"resume_from_checkpoint: in {folder}, {'; '.join(changed)}. Restore these keys.")
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Restores the state that :meth:`save` wrote; the layers follow from the directions."""
+        """Restores the state that ``save`` wrote; the layers follow from the directions."""
         path = Path(folder) / geometry.FOLDER / _STATE
         with reading(path, "the state of a checkpoint"):
             state = load_file(path)

@@ -42,7 +42,7 @@ def template_tail(render: Callable[[str], list[int]]) -> list[int]:
 
 
 def chat_tail(tokenizer: Any) -> list[int]:
-    """Returns the :func:`template_tail` of a tokenizer's chat template."""
+    """Returns the ``template_tail`` of a tokenizer's chat template."""
 
     def render(text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]

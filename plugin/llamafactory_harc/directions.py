@@ -83,7 +83,7 @@ def save(folder: Path, directions: Tensor, layers: Sequence[int], provenance: di
 
 
 def load(path: str | os.PathLike) -> Tensor:
-    """Reads directions that :func:`save` wrote."""
+    """Reads directions that ``save`` wrote."""
     with reading(f"harc_directions: {path}", "a file written by llamafactory-hera harc-directions"):
         tensors = load_file(path)
         return torch.stack([tensors[name] for name in _NAMES])

@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _take_overrides(parser: argparse.ArgumentParser) -> None:
-    """Declares ``key=value`` arguments; :func:`main` also collects any that follow an option."""
+    """Declares ``key=value`` arguments; ``main`` also collects any that follow an option."""
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace the recipe's")
 
 

@@ -248,7 +248,7 @@ class HeraConfig(KeyedConfig):
         return find(self.objective)
 
     def reads(self, key: str) -> bool:
-        """Returns whether the objective reads a key of :data:`OBJECTIVE_KEYS`."""
+        """Returns whether the objective reads a key of ``OBJECTIVE_KEYS``."""
         return key in self.objective_class().reads
 
     def check(self) -> None:

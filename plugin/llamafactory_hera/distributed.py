@@ -76,7 +76,7 @@ def gather_objects(value: Result) -> list[Result]:
 
 
 def common_row_count(n_rows: int, device: torch.device) -> int:
-    """Returns the largest ``n_rows`` of any process; each process pads to this number before :func:`gather_rows`."""
+    """Returns the largest ``n_rows`` of any process; each process pads to this number before ``gather_rows``."""
     count = torch.tensor(n_rows, device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)

@@ -20,7 +20,7 @@ RUN_FOLDER = "hera"
 CARD = "card.json"
 #: The entry of ``config.json`` that marks a model made by ``llamafactory-hera build``, even after training: its LLM.
 BUILT = "hera_built"
-#: The mark by which :func:`check_replaceable` recognizes this package's pictures.
+#: The mark by which ``check_replaceable`` recognizes this package's pictures.
 PICTURE = "llamafactory-hera"
 
 

@@ -16,7 +16,7 @@ def knob(default: Any, help: str, *, at_least: float | None = None, at_most: flo
 
 
 class KeyedConfig:
-    """The base class of settings: frozen dataclasses of :func:`knob` fields; a key is the prefix plus a field name."""
+    """The base class of settings: frozen dataclasses of ``knob`` fields; a key is the prefix plus a field name."""
 
     PREFIX: ClassVar[str] = ""
 

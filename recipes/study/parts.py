@@ -42,7 +42,7 @@ def make_parts(root: Path, world: World, settings: Settings) -> dict[str, Any]:
     all pictures of these scenes, so a teacher that always sees colors learns little about shapes.
 
     Returns:
-        The teacher's first and last loss, and the result of :func:`teacher_knowledge`.
+        The teacher's first and last loss, and the result of ``teacher_knowledge``.
     """
     texts = [text for sample in (*world.train, *world.captions) for text in (sample.question, sample.answer)]
     models.train_tokenizer([*texts, "user", "assistant", "\n"]).save_pretrained(root / TOKENIZER)

@@ -20,7 +20,7 @@ _FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backgrou
 
 
 class Board:
-    """A running ``llamafactory-cli webui``; :meth:`close` kills it with all processes that it started."""
+    """A running ``llamafactory-cli webui``; ``close`` kills it with all processes that it started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

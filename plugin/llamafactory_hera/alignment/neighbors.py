@@ -143,7 +143,7 @@ def mutual_knn(student: Tensor, teacher: Tensor, k: int, normalize: bool = True)
         normalize: True for cosine similarity, false for the dot product, for both student and teacher.
 
     Returns:
-        A scalar, or ``[H]``, between 0 and 1. Compare the result with :func:`chance_level`.
+        A scalar, or ``[H]``, between 0 and 1. Compare the result with ``chance_level``.
     """
     n = teacher.shape[-2]
     if student.shape[-2] != n:

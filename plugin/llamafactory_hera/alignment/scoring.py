@@ -26,7 +26,7 @@ def score_heads(
     Args:
         pooled: Head outputs of each layer, averaged over tokens, ``[N, H, d]``; sizes may differ between layers.
         o_proj_weights: ``o_proj.weight`` of each layer, ``[D, H * d]``; read one layer at a time.
-        teacher_neighbors: ``[N, k]`` from :func:`~llamafactory_hera.alignment.nearest_neighbors`.
+        teacher_neighbors: ``[N, k]`` from ``nearest_neighbors``.
         normalize: True for cosine similarity, false for the dot product.
 
     Returns:
@@ -42,7 +42,7 @@ def head_neighbors(
 ) -> Tensor:
     """Finds the ``k`` nearest neighbors ``[L, H, N, k]`` of every sample for every head; -1 if a head has none.
 
-    The arguments are those of :func:`score_heads`; heads that have no score there have no neighbors here.
+    The arguments are those of ``score_heads``; heads that have no score there have no neighbors here.
     """
     layers = []
     for number, (outputs, weight) in enumerate(zip(pooled, o_proj_weights, strict=True)):
@@ -73,7 +73,7 @@ def shared_neighbors(neighbors: Tensor, teacher_neighbors: Tensor) -> Tensor:
 
 
 def mean_shared(counts: Tensor, k: int) -> Tensor:
-    """Turns the counts ``[..., N]`` of :func:`shared_neighbors` into MKNN, in fp32."""
+    """Turns the counts ``[..., N]`` of ``shared_neighbors`` into MKNN, in fp32."""
     return (counts.mean(-1, dtype=torch.float64) / k).float()
 
 

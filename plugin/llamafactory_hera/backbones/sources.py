@@ -59,7 +59,7 @@ def open_language(name: str) -> Source:
 
 
 def open_vision(name: str) -> Source:
-    """Reads the configuration of the vision half of an encoder, and refuses types that are not in :data:`TOWERS`."""
+    """Reads the configuration of the vision half of an encoder, and refuses types that are not in ``TOWERS``."""
     source = _open("--vision-model", name, "a vision encoder such as google/siglip2-so400m-patch14-384")
     config = source.config.vision_config if source.config.model_type in _WITH_TEXT else source.config
     if config.model_type not in TOWERS:

@@ -31,7 +31,7 @@ class Backbone(NamedTuple):
 _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
 #: The vision encoder and the teacher of all LLaVA-style models in the paper.
 VISION_MODEL, TEACHER = _TABLE["vision_model"], _TABLE["teacher"]
-#: The LLMs in the paper, by key; `build` combines each with :data:`VISION_MODEL`.
+#: The LLMs in the paper, by key; `build` combines each with ``VISION_MODEL``.
 LANGUAGE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["language_models"].items()}
 #: Finished VLMs, by key; they are trained without `build`.
 NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_models"].items()}

@@ -35,7 +35,7 @@ def attention_flow(attention: Tensor, text: Tensor, image: Tensor, bins: int) ->
 
 @torch.no_grad()
 def read_attention(forward: Forward, bins: int, batch: dict[str, Any]) -> list[tuple[Tensor, ...]]:
-    """Returns ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample (:func:`attention_flow`), on the CPU.
+    """Returns ``r`` ``[L, H]`` and the maps ``[L, H, bins]`` of each sample (``attention_flow``), on the CPU.
 
     Only one layer's attention ``[B, H, T, T]`` is in memory at a time.
     """

@@ -58,7 +58,7 @@ class HeadCapture(LayerHooks):
         self._unverified = set(self._layers)
 
     def projections(self) -> Tensor:
-        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after :meth:`tokens`."""
+        """Returns each head's part of the output projection, ``[n_heads, head_dim, D]``, after ``tokens``."""
         return self._stacked(1)
 
     def _hook(self) -> None:
@@ -168,7 +168,7 @@ class HeadCapture(LayerHooks):
 
 
 class LayerCapture(LayerHooks):
-    """Captures the outputs of decoder layers, such as ``"L14,L15"``, in the same way as :class:`HeadCapture`."""
+    """Captures the outputs of decoder layers, such as ``"L14,L15"``, in the same way as ``HeadCapture``."""
 
     def __init__(self, model: nn.Module, layers: Targets | str | Iterable[Target | str]) -> None:
         super().__init__(model, Targets.parse(layers, "layer"))

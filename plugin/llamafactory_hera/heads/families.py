@@ -216,7 +216,7 @@ def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) 
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
     Inside the layer, only the input norm and the mixer count or, with ``whole_layer``, all modules.
-    ``layer`` may be :data:`FINAL`. Call this function before a sharding engine renames or flattens parameters.
+    ``layer`` may be ``FINAL``. Call this function before a sharding engine renames or flattens parameters.
     """
     layers, norm = decoder_layers(model), final_norm(text_decoder(model))
     feeding: list[Any] = [norm]

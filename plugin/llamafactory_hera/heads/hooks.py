@@ -16,7 +16,7 @@ _CHECKPOINTING = "_gradient_checkpointing_func"  # a private name of transformer
 
 
 class Hooks(ABC):
-    """Changes a model inside the context, or from :meth:`install` to :meth:`remove`."""
+    """Changes a model inside the context, or from ``install`` to ``remove``."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -70,7 +70,7 @@ class LayerHooks(Hooks):
         self._layers: dict[int, Any] = {i: final_norm(decoder) if i == FINAL else modules[i] for i in targets.layers}
         self._read: Callable[[Tensor], Tensor] | None = None  # maps tokens to rows; None captures nothing
         self._rows: dict[int, tuple[Tensor, ...]] = {}  # by layer; axis 0 indexes the layer's targets
-        #: The layers whose rows have received a gradient since the forward pass, if :attr:`watch_gradients` is true.
+        #: The layers whose rows have received a gradient since the forward pass, if ``watch_gradients`` is true.
         self.gradient_seen: set[int] = set()
         self.watch_gradients = False
         self._unwatched: set[int] = set()  # layers that compiled code has read; `_stacked` watches them
@@ -103,7 +103,7 @@ class LayerHooks(Hooks):
     def representations(self) -> Tensor:
         """Returns the averages of the last pass, ``[n_targets, B, D]``; raises ``RuntimeError`` if it captured none.
 
-        After :meth:`tokens`, returns rows ``[n_targets, B, n, X]``: outputs of layers (X = D), or of heads before
+        After ``tokens``, returns rows ``[n_targets, B, n, X]``: outputs of layers (X = D), or of heads before
         the output projection (X = ``head_dim``).
         """
         return self._stacked(0)

@@ -34,7 +34,7 @@ _SYNTAX = {
 class Target(NamedTuple):
     """A query head of a decoder layer, or the layer itself if ``head`` is None; zero-based.
 
-    The layer :data:`FINAL`, written ``final``, is the output of the norm after the last layer.
+    The layer ``FINAL``, written ``final``, is the output of the norm after the last layer.
     """
 
     layer: int
@@ -109,10 +109,10 @@ class Targets:
 
         Args:
             value: Names in one string (``L13H12,L7H6``) or in a list, the path of a file, a repository on the hub
-                (``hf:owner/name``), :data:`PAPER`, or existing ``Targets``.
+                (``hf:owner/name``), ``PAPER``, or existing ``Targets``.
             granularity: The kind that the names denote.
-            configuration: The configuration of the model in which every target must exist; :data:`PAPER` and
-                :data:`NAMED_LAYERS` need it.
+            configuration: The configuration of the model in which every target must exist; ``PAPER`` and
+                ``NAMED_LAYERS`` need it.
             key: The setting that error messages name; by default, the one for the granularity.
 
         Raises:
@@ -147,7 +147,7 @@ class Targets:
     def load(
         cls, path: str | os.PathLike, granularity: Granularity | None = None, key: str | None = None
     ) -> "Targets":
-        """Reads a file that :meth:`save` wrote; raises ``ValueError`` if the file is missing or invalid.
+        """Reads a file that ``save`` wrote; raises ``ValueError`` if the file is missing or invalid.
 
         The file must list targets of the given granularity; None allows both. Error messages contain ``key``.
         """

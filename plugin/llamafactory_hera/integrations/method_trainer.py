@@ -39,20 +39,20 @@ class Method(Protocol):
         """Returns the statistics since the last call."""
 
     def save(self, folder: str) -> None:
-        """Writes the state into a folder. :meth:`load` restores it; :meth:`check` refuses the state of another run."""
+        """Writes the state into a folder. ``load`` restores it; ``check`` refuses the state of another run."""
 
     def check(self, folder: str) -> None: ...
 
     def load(self, folder: str) -> None: ...
 
     def close(self) -> None:
-        """Ends a finished run. After an error, :meth:`release` only removes the hooks from the model."""
+        """Ends a finished run. After an error, ``release`` only removes the hooks from the model."""
 
     def release(self) -> None: ...
 
 
 class MethodTrainerMixin(_Base):
-    """Adds the term of :attr:`method` to the loss of the trainer class listed after the mixin."""
+    """Adds the term of ``method`` to the loss of the trainer class listed after the mixin."""
 
     # The mixin relies on private names of transformers' Trainer, as of 5.5.4. It overrides `_save_checkpoint`,
     # `_load_from_checkpoint`, `_load_best_model` and `_load_optimizer_and_scheduler`. It uses `_get_output_dir` and

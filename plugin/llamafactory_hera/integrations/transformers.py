@@ -1,6 +1,6 @@
 """HeRA in transformers' Trainer, and in every trainer that is built on it.
 
-:class:`HeraTrainer` is the plain Trainer with HeRA. ``class MyHeraTrainer(HeraTrainerMixin, MyTrainer)`` adds HeRA to
+``HeraTrainer`` is the plain Trainer with HeRA. ``class MyHeraTrainer(HeraTrainerMixin, MyTrainer)`` adds HeRA to
 another trainer. The mixin only overrides methods of transformers' Trainer.
 """
 

@@ -18,7 +18,7 @@ class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
 
         HeraSFTTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=dataset)
 
-    The arguments are those of ``SFTTrainer`` and :class:`HeraTrainerMixin`.
+    The arguments are those of ``SFTTrainer`` and ``HeraTrainerMixin``.
 
     Raises:
         ValueError: As in the mixin; also if an option puts several samples into one row of a batch, if TRL finds no

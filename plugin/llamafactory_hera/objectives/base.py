@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..alignment.neighbors import Candidates
 
-#: A package whose modules register further objectives. Only :func:`find` imports it, by name.
+#: A package whose modules register further objectives. Only ``find`` imports it, by name.
 _SHELF = "llamafactory_hera.rivals"
 
 
@@ -23,7 +23,7 @@ _SHELF = "llamafactory_hera.rivals"
 class Options:
     """The sizes and settings from which an objective is created."""
 
-    config: Any  #: the ``hera_*`` keys, a :class:`~llamafactory_hera.config.HeraConfig`
+    config: Any  #: the ``hera_*`` keys, a ``HeraConfig``
     n_targets: int  #: number of heads or layers to align
     dim: int  #: size D of a representation
     teacher_dim: int  #: size of a teacher feature
@@ -64,7 +64,7 @@ class Objective(nn.Module, ABC):
     )
     #: The smallest number of samples with an image; with fewer, the term is 0.
     least_samples: ClassVar[int] = 1
-    #: The names that :meth:`values` returns.
+    #: The names that ``values`` returns.
     logged: ClassVar[tuple[str, ...]] = ()
     #: The number of optimizer steps with a learning rate above 0 before the student can receive a gradient.
     silent_steps: ClassVar[int] = 0
@@ -75,10 +75,10 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:
-        """Computes losses from a :class:`PooledBatch` or a :class:`~.TokenBatch`.
+        """Computes losses from a ``PooledBatch`` or a ``TokenBatch``.
 
         Returns ``[n_targets, n]``, the losses of this process's samples, 0 for a sample that does not enter. The run
-        averages them over all samples that enter. If the loss of a :class:`PooledBatch` is not such a mean, returns
+        averages them over all samples that enter. If the loss of a ``PooledBatch`` is not such a mean, returns
         ``[n_targets]``, the loss of the global batch, which every process must compute in the same way.
         """
 
@@ -111,7 +111,7 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
 
 def names() -> tuple[str, ...]:
-    """Lists the names of all registered objectives, including those of :mod:`..rivals`."""
+    """Lists the names of all registered objectives, including those of ``rivals``."""
     for module in iter_modules(import_module(_SHELF).__path__):
         import_module(f"{_SHELF}.{module.name}")
     return tuple(sorted(_REGISTRY))

@@ -33,7 +33,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """A micro-batch before its forward pass, the input of :meth:`TokenObjective.prepare`."""
+    """A micro-batch before its forward pass, the input of ``TokenObjective.prepare``."""
 
     input_ids: Tensor  #: ``[B, L]``
     attention_mask: Tensor  #: boolean ``[B, L]``, false for padding
@@ -57,7 +57,7 @@ class Plan:
 
     positions: Tensor | None = None  #: ``[B, t]``, the token positions to read instead of all tokens of the image
     valid: Tensor | None = None  #: boolean ``[B]``, the samples that enter the loss
-    context: dict[str, Tensor] = field(default_factory=dict)  #: tensors for :meth:`TokenObjective.forward`
+    context: dict[str, Tensor] = field(default_factory=dict)  #: tensors for ``TokenObjective.forward``
 
 
 class TokenObjective(Objective):

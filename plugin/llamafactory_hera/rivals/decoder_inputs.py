@@ -13,7 +13,7 @@ from ..heads.hooks import Hooks
 class DecoderInputs(Hooks):
     """Changes the inputs of the text decoder, outside the checkpointed layers and inside every wrapper.
 
-    With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless :meth:`set`
+    With ``two_way``, the visual tokens of a sample see each other in both directions, as in JARVIS, unless ``set``
     gave the pass a mask. A model trained this way must also generate and be evaluated inside this context.
     """
 

@@ -67,7 +67,7 @@ def _image_and_caption(sample: Sample, tokenizer: Any) -> tuple[str, str]:
 
 
 class Neighbors(NamedTuple):
-    """The content of a file that :func:`write_neighbors` wrote: sample numbers, nearest first, -1 for none."""
+    """The content of a file that ``write_neighbors`` wrote: sample numbers, nearest first, -1 for none."""
 
     queries: Tensor  #: ``[Q]``
     teacher: Tensor  #: ``[Q, k]``

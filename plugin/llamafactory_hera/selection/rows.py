@@ -188,7 +188,7 @@ class CollatedRows:
 
 
 def spread(count: int) -> Sequence[int]:
-    """Lists up to :data:`N_SEARCHED` numbers below ``count``, evenly spaced from 0."""
+    """Lists up to ``N_SEARCHED`` numbers below ``count``, evenly spaced from 0."""
     return range(0, count, max(1, -(-count // N_SEARCHED)))
 
 

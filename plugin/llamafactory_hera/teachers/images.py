@@ -125,7 +125,7 @@ def decoded_key(image: ImageLike, file: ImageLike) -> bytes:
     """Computes the key of an image that ``datasets`` decoded, from its stored file.
 
     Usually this is the key of the file. If the file has an orientation tag, or only ``datasets`` can read it, this is
-    the key of the decoded pixels: ``datasets`` applies the tag but :func:`load_image` does not, so the images differ.
+    the key of the decoded pixels: ``datasets`` applies the tag but ``load_image`` does not, so the images differ.
     """
     if image is file:
         return image_key(file)

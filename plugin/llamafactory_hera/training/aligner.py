@@ -108,7 +108,7 @@ class Aligner:
         decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         pieces_of: PiecesOf | None = None,
     ) -> HeraCollator:
-        """Creates the collator of the training batches, which adds the teacher's inputs; see :class:`HeraCollator`."""
+        """Creates the collator of the training batches, which adds the teacher's inputs; see ``HeraCollator``."""
         reader, self.packed = self.reader, pieces_of is not None
         return HeraCollator(
             collate,
@@ -127,7 +127,7 @@ class Aligner:
     def prepare(self, batch: dict[str, Any]) -> Prepared | None:
         """Pops the teacher's inputs from a batch and sets the tokens to read; call it before the forward pass.
 
-        Returns the argument of :meth:`loss`, or None for a batch from a different collator, such as an evaluation
+        Returns the argument of ``loss``, or None for a batch from a different collator, such as an evaluation
         batch. Raises ``ValueError`` if the batch does not have one row per sample, or if the first batch with
         images lacks the model's image inputs or labels all text as the answer.
         """
@@ -209,13 +209,13 @@ class Aligner:
     # -- gradient caching: all micro-batches of an optimizer step run without a graph, then each runs with a graph ----
 
     def collect(self, prepared: Prepared) -> None:
-        """Stores the latest forward pass, which ran without a graph, for :meth:`solve`."""
+        """Stores the latest forward pass, which ran without a graph, for ``solve``."""
         inputs, rows = prepared.inputs, self.capture.representations()
         self.cached.add(rows, self.teacher.features(inputs), prepared.valid, inputs["hera_keys"])
         self.capture.pool(None)
 
     def solve(self, scale: float | Tensor = 1.0) -> None:
-        """Computes the term of all collected passes, for :meth:`loss`; for ``scale`` see :meth:`optimizer_step`."""
+        """Computes the term of all collected passes, for ``loss``; for ``scale`` see ``optimizer_step``."""
         self.watch.record(self.cached.solve(self.term, self.config.weight, scale, self._n_rows))
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class Aligner:
         self._identity.check(folder)
 
     def load(self, folder: str | os.PathLike) -> None:
-        """Restores the state from :meth:`save`; raises ``ValueError`` if a different run saved it."""
+        """Restores the state from ``save``; raises ``ValueError`` if a different run saved it."""
         state = self._identity.load(folder)
         with reading(folder, "a checkpoint of this run"):
             self.optimizer.load_state(state)

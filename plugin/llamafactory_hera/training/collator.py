@@ -37,11 +37,11 @@ PiecesOf = Callable[[Any], list[Piece]]
 class HeraCollator:
     """Wraps a collator, and adds these tensors to the batch. B counts samples; a packed row has several.
 
-    - ``hera_source [B]``: :data:`NO_IMAGE`, :data:`CACHED` or :data:`PIXELS`.
+    - ``hera_source [B]``: ``NO_IMAGE``, ``CACHED`` or ``PIXELS``.
     - ``hera_features [B, D_teacher]``: cached features. They are float16, viewed as int16, because DeepSpeed casts
       every floating-point input to the model's dtype.
     - ``hera_keys [B, 16]``: the images' keys, which identify copies and cached features; 0 without an image.
-    - ``hera_rows [P]``: the samples whose source is :data:`PIXELS`. They are listed because searching the
+    - ``hera_rows [P]``: the samples whose source is ``PIXELS``. They are listed because searching the
       device for them would make the CPU wait.
     - ``hera_pixels [B, 3, h, w]``: the images of these samples, processed by the teacher's processor.
     - ``hera_image [B, 2]``: the image's index and the number of images. It replaces ``hera_pixels`` if the teacher
@@ -49,7 +49,7 @@ class HeraCollator:
     - ``hera_pieces``, shaped like ``input_ids``: for packed rows, the number of each token's sample, counted from 1; 0
       for padding.
 
-    :meth:`.Aligner.collator` creates this collator.
+    ``Aligner.collator`` creates this collator.
     """
 
     #: The collator of the training loop, which must keep the order of the samples.
@@ -64,7 +64,7 @@ class HeraCollator:
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     #: Columns to remove before ``collate`` is called.
     drop: tuple[str, ...] = ()
-    #: Decodes the images that :func:`~..teachers.images.undecoded` left as files in a row.
+    #: Decodes the images that ``undecoded`` left as files in a row.
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     #: The id of the image placeholder and its count per image; batches with other counts are refused.
     tokens: tuple[int, int] | None = None

@@ -32,7 +32,7 @@ class GradientCache:
         self._waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, representations: Tensor, teacher: Tensor, valid: Tensor, keys: Tensor) -> None:
-        """Adds a micro-batch of this process, with the arguments of :class:`~.term.HeraTerm`."""
+        """Adds a micro-batch of this process, with the arguments of ``HeraTerm``."""
         self._waiting.append((representations.detach().float().requires_grad_(), teacher, valid, keys))
 
     def solve(self, term: HeraTerm, weight: float, scale: float | Tensor, batch_size: int | None) -> TermOutput:
@@ -53,7 +53,7 @@ class GradientCache:
         """Returns the weighted term of the next micro-batch, which has just run again with a graph.
 
         The result is a surrogate: its mean over the micro-batches has the value and the gradient of the step's term.
-        The gradient is computed from the first pass; :meth:`check` refuses a second pass with other representations.
+        The gradient is computed from the first pass; ``check`` refuses a second pass with other representations.
         """
         first, _, valid, _ = self._waiting.pop(0)
         assert first.grad is not None

@@ -12,7 +12,7 @@ class CrossBatchMemory:
     """A first-in-first-out queue of detached pairs, equal on all processes because they all add the gathered batch.
 
     It always has ``size`` slots, empty slots first, so the CPU never waits to learn how many are filled. Without a
-    given size, :meth:`settle` chooses a size that provides each sample with the ``needed`` candidates.
+    given size, ``settle`` chooses a size that provides each sample with the ``needed`` candidates.
     """
 
     def __init__(self, size: int | None, needed: int = 0) -> None:
@@ -20,7 +20,7 @@ class CrossBatchMemory:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all pairs, and the size if :meth:`settle` chose it."""
+        """Forgets all pairs, and the size if ``settle`` chose it."""
         self.size = self._given
         #: Representations ``[n_targets, size, D]``, teacher features ``[size, D_teacher]``, a boolean mask of filled
         #: slots ``[size]``, and the ids of their images ``[size, 2]``.
@@ -32,7 +32,7 @@ class CrossBatchMemory:
             self.size = max(0, self._needed - (n_compared - 1))
 
     def append(self, representations: Tensor, teacher: Tensor, valid: Tensor, image_ids: Tensor | None = None) -> None:
-        """Adds the valid pairs of n samples and drops the oldest; for the shapes see :attr:`pairs`."""
+        """Adds the valid pairs of n samples and drops the oldest; for the shapes see ``pairs``."""
         if not self.size:
             return
         z, teacher = representations.detach(), teacher.detach()
@@ -61,7 +61,7 @@ class CrossBatchMemory:
         return {f"memory.{name}": each for name, each in {**kept, "size": torch.tensor(self.size)}.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state_dict`; a smaller given size drops the oldest pairs."""
+        """Restores the result of ``state_dict``; a smaller given size drops the oldest pairs."""
         self.clear()
         if "memory.teacher" in state:
             teacher, image_ids = state["memory.teacher"], state["memory.image_ids"]

@@ -60,7 +60,7 @@ class ObjectiveOptimizer:
         return state
 
     def load_values(self, values: dict[str, Tensor]) -> None:
-        """Loads the parameters of another run's :meth:`state`; raises ``ValueError`` if names or shapes differ."""
+        """Loads the parameters of another run's ``state``; raises ``ValueError`` if names or shapes differ."""
         found = {name.removeprefix(_VALUES): t for name, t in values.items() if name.startswith(_VALUES)}
         shapes = [{name: t.shape for name, t in tensors.items()} for tensors in (self._parameters, found)]
         for name in {**shapes[0], **shapes[1]}:
@@ -74,7 +74,7 @@ class ObjectiveOptimizer:
                 parameter.copy_(found[name])
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Restores the result of :meth:`state`."""
+        """Restores the result of ``state``."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(state[_VALUES + name])

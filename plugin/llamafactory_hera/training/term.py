@@ -37,7 +37,7 @@ class Prepared:
     """A micro-batch between ``Aligner.prepare`` and ``Aligner.loss``."""
 
     valid: Tensor  #: Boolean ``[B]``, true if the sample has an image and tokens to read.
-    inputs: dict[str, Tensor]  #: The tensors that :class:`~.collator.HeraCollator` added to the batch.
+    inputs: dict[str, Tensor]  #: The tensors that ``HeraCollator`` added to the batch.
     planned: bool = False  #: True if the objective chose the samples in the loss, possibly none.
     pixels: Tensor | None = None  #: The images as the student sees them, for an objective on tokens.
     context: dict[str, Tensor] = field(default_factory=dict)  #: The tensors of the objective's plan.
