@@ -1,6 +1,6 @@
 """HeRA (Head-Wise Representation Alignment, arXiv 2606.23885) as a stage of LLaMA-Factory.
 
-The names in ``__all__`` are loaded on first use, because importing LLaMA-Factory also imports this package::
+The names in ``__all__`` are loaded on first use, because importing LLaMA-Factory also imports this package:
 
     from llamafactory_hera import HeraConfig, HeraTrainer
 """

@@ -31,7 +31,7 @@ _TOLERANCE = 0.1
 class HeadCapture(LayerHooks):
     """Captures the contributions of chosen heads, averaged or at single tokens, inside its context.
 
-    Set the tokens before the forward pass. A capture works under gradient checkpointing and with every engine::
+    Set the tokens before the forward pass. A capture works under gradient checkpointing and with every engine:
 
         with HeadCapture(model, "L3H4,L7H6") as capture:
             capture.pool(batch["labels"] != -100)

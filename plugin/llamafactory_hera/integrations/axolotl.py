@@ -1,4 +1,4 @@
-"""HeRA in axolotl: a plugin that reads the ``hera_*`` keys of axolotl's YAML file::
+"""HeRA in axolotl: a plugin that reads the ``hera_*`` keys of axolotl's YAML file:
 
 plugins: [llamafactory_hera.integrations.axolotl.HeraPlugin]
 hera_teacher: facebook/dinov2-large

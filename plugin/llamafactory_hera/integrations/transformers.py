@@ -188,7 +188,7 @@ class HeraTrainerMixin(MethodTrainerMixin):
 
 
 class HeraTrainer(HeraTrainerMixin, Trainer):
-    """transformers' Trainer with HeRA::
+    """transformers' Trainer with HeRA:
 
     HeraTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=rows, data_collator=collate)
     """

@@ -14,7 +14,7 @@ from .transformers import HeraTrainerMixin
 
 
 class HeraSFTTrainer(HeraTrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer with HeRA::
+    """TRL's SFTTrainer with HeRA:
 
         HeraSFTTrainer(model, args, hera=HeraConfig(heads="L13H12,L7H6"), train_dataset=dataset)
 

@@ -24,34 +24,37 @@ class Contrastive(Objective):
         self.log_temperature = nn.Parameter(torch.tensor(math.log(options.config.temperature)))
 
     def forward(self, batch: PooledBatch) -> Tensor:
-        """Computes the loss of each target and of each sample of this process, 0 for a sample without a neighbor.
+        """Computes the losses ``[n_targets, n]`` of this process's samples; 0 for a sample without a neighbor.
 
-        The candidates carry no gradient, so the backward pass needs no communication. Instead, this method adds to
-        each sample the gradient from the losses of all samples compared with it, on any process. This is possible
-        because similarities are symmetric, the samples of a pair are candidates of each other, and every process
-        sends the sums and the neighbors of its samples.
+        A sample ``i`` is also a candidate in the losses of other samples ``j``, on any process. By eq. 4,
+
+            dL_j / ds_ji = (softmax(s_j / temperature)_i - [i in P_j] / |P_j|) / temperature
+
+        The process of sample ``i`` computes these derivatives, and adds them to the gradient of ``i``. It can, because
+        ``s_ij = s_ji``, candidates are mutual, and every process sends the log-sum-exp of its samples' logits and their
+        neighbors. So the candidates carry no gradient, and the backward pass needs no communication.
         """
         found, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
         similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
-        losses, logits, sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
-        sent = torch.cat([sums.detach().T, found.neighbors.to(sums)], dim=1)
-        sums, neighbors = gather_rows(sent).split([len(sums), sent.shape[1] - len(sums)], dim=1)
-        with torch.no_grad():  # derivatives of all samples' losses with respect to their similarity to each own sample
-            place = neighbors.long() - found.first
-            place = place.where((place >= 0) & (place < losses.shape[-1]), -1)
+        losses, logits, log_sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
+        sent = torch.cat([log_sums.detach().T, found.neighbors.to(log_sums)], dim=1)
+        log_sums, neighbors = gather_rows(sent).split([len(log_sums), sent.shape[1] - len(log_sums)], dim=1)
+        with torch.no_grad():
+            index = neighbors.long() - found.first  # in this process's samples; -1 for samples of other processes
+            index = index.where((index >= 0) & (index < losses.shape[-1]), -1)
             counts = (neighbors >= 0).sum(dim=-1)
-            positive = neighbor_mask(place, losses.shape[-1]).T / counts.clamp(min=1)
-            slope = (logits[..., :n_all] - sums.T.unsqueeze(1)).exp_().sub_(positive)
-            slope.masked_fill_(counts == 0, 0.0).div_(temperature)
-        received = (slope * similarities[..., :n_all]).sum(dim=-1)
-        return losses + received - received.detach()
+            wanted = neighbor_mask(index, losses.shape[-1]).T / counts.clamp(min=1)
+            derivatives = (logits[..., :n_all] - log_sums.T.unsqueeze(1)).exp_().sub_(wanted)
+            derivatives.masked_fill_(counts == 0, 0.0).div_(temperature)
+        from_others = (derivatives * similarities[..., :n_all]).sum(dim=-1)
+        return losses + from_others - from_others.detach()  # adds a gradient, but no value
 
     def entering(self, batch: PooledBatch) -> Tensor:
-        """Returns which samples of this process have a neighbor and thus enter the loss."""
+        """Marks this process's samples that have a neighbor and thus enter the loss."""
         return batch.candidates.known
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Expects gradients if every valid sample of this process has a neighbor."""
+        """Returns True if this process has valid samples, and each of them has a neighbor."""
         enters = self.entering(batch)
         return enters.any() & (enters | ~batch.valid[batch.rows]).all()
 

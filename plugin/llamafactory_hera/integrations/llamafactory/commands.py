@@ -3,9 +3,8 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamafactory_hera.calibration.run import CalibrationInputs
 from llamafactory_hera.calibration.settings import RahConfig
 from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.distributed import rank
@@ -23,6 +22,9 @@ from llamafactory_hera.selection.select import fill_teacher_cache, select_target
 from .checks import UNREADABLE, check_folders, multimodal_config, refuse_keys, resolved_mode
 from .inputs import UnlabeledSamples, selection_inputs
 from .recipe import NOT_TRAINING, host_arguments, host_words, named_output, read_recipe, read_values
+
+if TYPE_CHECKING:
+    from llamafactory_hera.calibration.run import CalibrationInputs
 
 
 @host_words()
@@ -133,8 +135,10 @@ def _keep_trained(path: Path, where: str, remedy: str) -> None:
 @host_words()
 def read_calibration(
     recipe: str | os.PathLike | None, overrides: Sequence[str] = ()
-) -> tuple[CalibrationInputs, RahConfig, Path]:
+) -> "tuple[CalibrationInputs, RahConfig, Path]":
     """Reads the arguments of ``calibrate_heads`` from a recipe: model and data, ``rah_*`` keys, and output folder."""
+    from llamafactory_hera.calibration.run import CalibrationInputs  # only calibration needs its modules
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: calibration runs in one process; start it without torchrun.")
     values, _ = read_values(recipe, overrides)
