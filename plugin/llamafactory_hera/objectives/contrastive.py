@@ -31,8 +31,8 @@ class Contrastive(Objective):
             dL_j / ds_ji = (softmax(s_j / temperature)_i - [i in P_j] / |P_j|) / temperature
 
         The process of sample ``i`` computes these derivatives, and adds them to the gradient of ``i``. It can, because
-        ``s_ij = s_ji``, candidates are mutual, and every process sends the log-sum-exp of its samples' logits and their
-        neighbors. So the candidates carry no gradient, and the backward pass needs no communication.
+        ``s_ij = s_ji``, candidates are mutual, and every process sends its samples' neighbors and the log-sum-exp of
+        their logits. So the candidates carry no gradient, and the backward pass needs no communication.
         """
         found, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
         similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
