@@ -1,10 +1,10 @@
 """Reads the contributions of chosen heads, or the outputs of chosen layers, from a forward pass, with gradients.
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
-projection is linear, so the averages can be computed first and projected by the model's own module. One row per head,
-zero outside that head, is appended to the token axis of the module's input and split off its output. This is correct
-for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. In most of these cases, slicing the weight
-would fail or give wrong results.
+projection is linear, so the averages can be computed first and projected by the model's own module: for each head, a
+row that is zero outside the head's columns is appended to the module's input as an extra token, and its output is split
+off. This is correct for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. In most of these cases,
+slicing the weight would fail or give wrong results.
 
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
 the checkpointing function of the chosen layers is wrapped.
@@ -105,7 +105,7 @@ class HeadCapture(LayerHooks):
             self._keep(index, *rows)
         return output[:, : hidden.shape[1]]
 
-    @torch.no_grad()  # a recomputation skips this check, so autograd must not save tensors here
+    @torch.no_grad()  # a recomputation skips this check, and would lack the tensors that autograd saved
     def _verify(
         self, index: int, projection: nn.Module, project: Callable[..., Tensor], read: Tensor, output: Tensor
     ) -> None:

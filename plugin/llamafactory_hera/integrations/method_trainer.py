@@ -126,7 +126,7 @@ class MethodTrainerMixin(_Base):
         loss, *outputs = result if return_outputs else (result,)
         term, lm_loss = self.method.loss(prepared), loss.detach()
         if not self._divides_by_steps(num_items_in_batch):
-            # The LM loss is already this micro-batch's share of the step's loss, so the term must become a share, too.
+            # The trainer has divided the LM loss by the accumulation steps, so the term is divided, too.
             term = term / self.current_gradient_accumulation_steps
             lm_loss = lm_loss * self.current_gradient_accumulation_steps
         self._lm_losses.add(lm_loss=lm_loss)

@@ -53,7 +53,7 @@ def resolve_targets(config: HeraConfig, run: Run) -> Targets:
 
 
 def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
-    """Returns the targets in the key, with their scores if a selection for this run chose the same targets."""
+    """Returns the targets that the key names, with their scores if a selection for this run chose the same ones."""
     targets = Targets.parse(config.named_targets, config.granularity, run.configuration)
     if targets.provenance:
         _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)

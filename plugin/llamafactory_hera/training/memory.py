@@ -12,7 +12,7 @@ class CrossBatchMemory:
     """A first-in-first-out queue of detached pairs, equal on all processes because they all add the gathered batch.
 
     It always has ``size`` slots, empty slots first, so the CPU never waits to learn how many are filled. Without a
-    given size, ``settle`` chooses a size that provides each sample with the ``needed`` candidates.
+    given size, ``settle`` chooses the smallest size that gives every sample the ``needed`` candidates.
     """
 
     def __init__(self, size: int | None, needed: int = 0) -> None:

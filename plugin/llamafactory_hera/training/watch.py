@@ -74,7 +74,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics; a batch whose samples the objective ``planned`` never counts as empty."""
+        """Adds a term to the statistics; if the objective ``planned`` to use no sample, the batch is not empty."""
         sound, entered = output.sound, output.n_samples > 0
         self._was_finite = self._was_finite | sound
         self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
