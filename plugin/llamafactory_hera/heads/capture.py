@@ -2,8 +2,8 @@
 
 A head's contribution to the residual stream is ``W_O[:, h*d:(h+1)*d] @ o`` (paper, eq. 7), averaged over tokens. The
 projection is linear, so the averages can be computed first and projected by the model's own module: for each head, a
-row that is zero outside the head's columns is appended to the module's input as an extra token, and its output is split
-off. This is correct for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. In most of these cases,
+row that is zero outside the head's columns is appended to the module's input as a token, and its output is split off.
+This is correct for LoRA, DoRA, 4-bit weights, and parameters sharded by ZeRO-3 or FSDP. In most of these cases,
 slicing the weight would fail or give wrong results.
 
 Under gradient checkpointing, the captured rows receive gradients only if the checkpointed function *returns* them, so
