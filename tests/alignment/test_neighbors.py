@@ -91,7 +91,7 @@ def test_some_samples_have_the_candidates_that_they_have_among_all(rows):
     teacher, student = torch.randint(-1, 2, (26, 3)).float(), torch.randint(-1, 2, (2, 26, 3)).float()
     valid, filled, ids = torch.rand(20) < 0.8, torch.rand(6) < 0.8, torch.randint(0, 9, (26, 2)).float()
     found, whole = (teacher_candidates(teacher, valid, 3, False, filled, ids, part) for part in (rows, slice(0, 20)))
-    for name in ("allowed", "neighbors", "known", "chance"):
+    for name in ("allowed", "neighbors", "has_neighbor", "chance"):
         assert torch.equal(getattr(found, name), getattr(whole, name)[rows])
     assert torch.equal(found.agreement(student, False), whole.agreement(student, False)[:, rows])
     parts = [teacher_candidates(teacher, valid, 3, False, filled, ids, part) for part in (slice(0, 7), slice(7, 20))]
@@ -119,7 +119,7 @@ def test_candidates_are_other_valid_images_and_remembered_ones():
     teacher[4] = 0
     assert candidates.neighbors.tolist() == naive_among(teacher, candidates.allowed, 3, normalize=False)
     assert candidates.duplicates == 1
-    assert candidates.known.tolist() == valid.tolist()
+    assert candidates.has_neighbor.tolist() == valid.tolist()
     half = teacher_candidates(teacher, valid, 3, False, torch.tensor([False, True])).allowed
     assert torch.equal(half[:, :5], candidates.allowed[:, :5])
     assert torch.equal(half[:, 6], candidates.allowed[:, 6])

@@ -101,10 +101,10 @@ def write_scores(path: Path, scores: list[list[float]], /, layers: list[str] | N
     """Writes the file of a selection of the two worst heads, or of the given layers; a NaN score is stored as null."""
     chosen = {"heads": list(map(str, choose_targets(scores, "worst", 2)))} if layers is None else {"layers": layers}
     row = {"score": 0.02, "mean": 0.01, "deviation": 0.002, "z": 5.0, "halves": 93}
-    galleries = [{"samples": n, "mean": 0.2, "chance": 10 / (n - 1)} for n in (250, 500, 1000)]
+    sample_counts = [{"samples": n, "mean": 0.2, "chance": 10 / (n - 1)} for n in (250, 500, 1000)]
     names = [name for chosen_names in chosen.values() for name in chosen_names]
     origin = {
-        "firmness": {"chosen": dict.fromkeys(names, row), "rank_correlation": 0.81, "galleries": galleries},
+        "firmness": {"chosen": dict.fromkeys(names, row), "rank_correlation": 0.81, "sample_counts": sample_counts},
         "model": "some/model",
         "teacher": "facebook/dinov2-large",
         "dataset": "captions",

@@ -104,7 +104,7 @@ def test_the_term_matches_its_definition(z, normalize, remembered, gaps, copies)
     assert (output.n_samples.item(), output.n_duplicates.item()) == (expected.n_samples, expected.n_duplicates)
     assert output.n_samples == N - len(gaps)
     assert output.n_duplicates == (3 if copies else 0)
-    assert output.sound
+    assert output.finite
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def test_an_invalid_row_changes_nothing_and_is_not_remembered(z, teacher, value)
     output = term(z, teacher, valid, TAU)
     valid_z = z.detach()[:, valid].requires_grad_()
     expected = ContrastiveTerm(3)(valid_z, teacher[valid], all_valid(7), TAU)
-    assert (output.sound.item(), output.n_samples.item()) == (True, 7)
+    assert (output.finite.item(), output.n_samples.item()) == (True, 7)
     torch.testing.assert_close(output.loss, expected.loss)
     torch.testing.assert_close(ContrastiveTerm(3)(z, teacher, valid, TAU).mknn, expected.mknn)
     output.loss.backward()
@@ -163,7 +163,7 @@ def test_without_candidates_the_term_and_its_gradient_are_zero(z, teacher, case)
     if case == "one image only":
         teacher = teacher[:1].expand(N, -1)
     output = ContrastiveTerm(3, memory=CrossBatchMemory(4))(z, teacher, valid, TAU)
-    assert (output.loss.item(), output.n_samples.item(), output.sound.item()) == (0.0, 0, True)
+    assert (output.loss.item(), output.n_samples.item(), output.finite.item()) == (0.0, 0, True)
     assert output.n_duplicates == (N * (N - 1) // 2 if case == "one image only" else 0)
     assert output.mknn.isnan().all()
     assert output.chance.isnan()
@@ -194,11 +194,11 @@ def test_a_non_finite_value_omits_the_term_and_is_never_remembered(z, teacher, v
         assert output.loss.item() == 0
         output.loss.backward()
         assert not selected.grad.any()
-        assert (output.sound.item(), output.gradient_expected.item()) == (False, False)
+        assert (output.finite.item(), output.gradient_expected.item()) == (False, False)
         assert output.mknn.shape == (HEADS,)
         assert output.mknn.isnan().all()
         assert not term.memory.pairs[2].any()
-    assert term(z, teacher, all_valid(), TAU).sound
+    assert term(z, teacher, all_valid(), TAU).finite
     assert term.memory.pairs[0].isfinite().all()
 
 
@@ -231,7 +231,7 @@ def test_the_term_is_the_mean_over_layers_and_images(viral, tokens, patches, val
     torch.testing.assert_close(output.loss, expected)
     wanted = torch.autograd.grad(expected, tokens)[0]
     torch.testing.assert_close(torch.autograd.grad(output.loss, tokens)[0], wanted)
-    assert (output.n_samples.item(), output.sound.item()) == (sum(valid), True)
+    assert (output.n_samples.item(), output.finite.item()) == (sum(valid), True)
     assert output.gradient_expected.item() == any(valid)
     assert output.mknn is None
 
@@ -255,6 +255,6 @@ def test_a_non_finite_image_omits_the_term(viral, tokens, patches, side):
         (tokens[1] if side == "student" else patches)[0] = math.nan
     output = token_term(viral, TokenBatch(tokens, None, patches, all_valid(B)))
     output.loss.backward()
-    assert (output.loss.item(), output.sound.item()) == (0, False)
+    assert (output.loss.item(), output.finite.item()) == (0, False)
     assert not tokens.grad.any()
     assert output.broken.tolist() == [False, side == "student"]

@@ -167,7 +167,7 @@ class Candidates:
     duplicates: Tensor
 
     @property
-    def known(self) -> Tensor:
+    def has_neighbor(self) -> Tensor:
         """The samples that have a neighbor, boolean ``[n]``."""
         return (self.neighbors >= 0).any(dim=-1)
 

@@ -51,7 +51,7 @@ class Contrastive(Objective):
 
     def entering(self, batch: PooledBatch) -> Tensor:
         """Marks this process's samples that have a neighbor and thus enter the loss."""
-        return batch.candidates.known
+        return batch.candidates.has_neighbor
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
         """Returns True if this process has valid samples, and each of them has a neighbor."""

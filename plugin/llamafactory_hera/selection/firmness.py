@@ -27,7 +27,7 @@ class Firmness(NamedTuple):
 
     chosen: dict[str, dict[str, Any]]  #: By name: ``score``, ``mean``, ``deviation``, ``z`` and ``halves``.
     rank_correlation: float | None  #: Between the scores on two disjoint halves of the samples, or None.
-    galleries: list[dict[str, Any]]  #: For each number of ``samples``, the ``mean`` of all scores, and ``chance``.
+    sample_counts: list[dict[str, Any]]  #: For each number of ``samples``, the ``mean`` of all scores, and ``chance``.
 
     @property
     def warning(self) -> str:
@@ -36,7 +36,7 @@ class Firmness(NamedTuple):
         if firm >= _FIRM_SHARE * len(self.chosen):
             return ""
         return (
-            f"Most random halves of the {self.galleries[-1]['samples']} samples select only {firm} of the "
+            f"Most random halves of the {self.sample_counts[-1]['samples']} samples select only {firm} of the "
             f"{len(self.chosen)} ({', '.join(self.chosen)}) again: raise hera_select_samples or set it to auto, and "
             "use more data if these are all samples."
         )
@@ -44,7 +44,7 @@ class Firmness(NamedTuple):
     @property
     def table(self) -> list[list[str]]:
         """The header, and a row for each chosen head or layer."""
-        chance = f"{self.galleries[-1]['chance']:.4f}"
+        chance = f"{self.sample_counts[-1]['chance']:.4f}"
         rows = [["chosen", "MKNN", "chance", "permuted", "z", "in halves"]]
         for name, row in self.chosen.items():
             z = "–" if row["z"] is None else f"{row['z']:+.1f}"
@@ -56,7 +56,9 @@ class Firmness(NamedTuple):
     def note(self) -> str:
         """Two sentences about all scores: how well two halves agree, and the effect of the number of samples."""
         agreement = "undefined" if self.rank_correlation is None else f"{self.rank_correlation:.2f}"
-        means = [f"{each['mean']:.4f} for {each['samples']} (chance {each['chance']:.4f})" for each in self.galleries]
+        means = [
+            f"{each['mean']:.4f} for {each['samples']} (chance {each['chance']:.4f})" for each in self.sample_counts
+        ]
         return f"The rank correlation of two halves is {agreement}. Mean score by sample count: {', '.join(means)}."
 
     @property
@@ -101,11 +103,11 @@ def measure_firmness(
     parts = {size: rescore(slice(size)) for size in (n // 4, half) if size >= _LEAST}
     correlation = rank_correlation(parts[half][0], rescore(slice(half, 2 * half))[0]) if half in parts else None
     parts[n] = counts.mean(-1) / k, k / (n - 1)
-    galleries = [
+    sample_counts = [
         {"samples": size, "mean": round(float(np.nanmean(scores)), 7), "chance": round(chance, 7)}
         for size, (scores, chance) in parts.items()
     ]
-    return Firmness(rows, correlation, galleries)
+    return Firmness(rows, correlation, sample_counts)
 
 
 def chosen_in_halves(

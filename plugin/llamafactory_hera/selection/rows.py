@@ -132,7 +132,7 @@ class CollatedRows:
 
     def encode(self, row: int) -> Features | None:
         """Encodes a row with the collator; in mode ``llm``, returns its labeled tokens as a caption."""
-        batch = self._of_numbers([{"row": row}])
+        batch = self._collate_rows([{"row": row}])
         ids, mask, labels = batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
         token_mask(self._config.pooling, ids, mask, labels)  # raises if labels are missing
         attended = token_mask("mean", ids, mask)[0]
@@ -153,9 +153,9 @@ class CollatedRows:
 
     def collator(self, model: nn.Module) -> Collate:
         """Returns the collator of the encoded rows."""
-        return _pad_captions if self._config.select_mode == "llm" else self._of_numbers
+        return _pad_captions if self._config.select_mode == "llm" else self._collate_rows
 
-    def _of_numbers(self, features: list[Features]) -> dict[str, Any]:
+    def _collate_rows(self, features: list[Features]) -> dict[str, Any]:
         """Collates rows, given by their numbers."""
         batch = self._collate([self._rows[feature["row"]] for feature in features])
         check_row_count(batch, len(features))

@@ -46,7 +46,7 @@ class GradientCache:
         for parameter in term.objective.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        self._value, self._sound = loss.detach(), output.sound
+        self._value, self._finite = loss.detach(), output.finite
         return output
 
     def take(self, representations: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class GradientCache:
         """
         first, _, valid, _ = self._waiting.pop(0)
         assert first.grad is not None
-        valid = (valid & self._sound).view(1, -1, 1)
+        valid = (valid & self._finite).view(1, -1, 1)
         # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
         rows = torch.where(valid, representations.float(), 0.0)
         expected = torch.where(valid, first.detach(), 0.0)

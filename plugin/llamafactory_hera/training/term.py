@@ -23,7 +23,7 @@ class TermOutput:
     loss: Tensor  #: A scalar with gradients; 0 if no sample entered or a value was not finite.
     n_samples: Tensor  #: The number of samples that entered the loss.
     n_duplicates: Tensor  #: The number of sample pairs that were not compared because both show the same image.
-    sound: Tensor  #: True if every value was finite; if false, loss and gradient are 0.
+    finite: Tensor  #: True if every value was finite; if false, loss and gradient are 0.
     broken: Tensor  #: Boolean ``[n_targets]``, true for targets with a non-finite value.
     gradient_expected: Tensor  #: True if the backward pass must reach this process's samples in the loss.
     comparable: Tensor  #: True if the loss is comparable with that of other steps, and is therefore logged.
@@ -74,19 +74,19 @@ class HeraTerm:
         batch, image_ids = self._batch(representations, teacher, valid, n_rows, keys)
         found, n_targets = batch.candidates, len(batch.own)
         agreement = found.agreement(batch.z_all, self.normalize).sum(dim=1)
-        statistics = (agreement, found.chance.sum(), found.known.sum(), found.duplicates)
+        statistics = (agreement, found.chance.sum(), found.has_neighbor.sum(), found.duplicates)
         losses = self.objective(batch)
-        check_shape(self.objective, losses, [n_targets, len(found.known)], [n_targets])
+        check_shape(self.objective, losses, [n_targets, len(found.has_neighbor)], [n_targets])
         teacher, enters = batch.teacher[batch.rows], self.objective.entering(batch)
         term, (shared, chance, n_known, n_duplicates) = mean_term(losses, enters, (batch.own,), teacher, *statistics)
-        comparable = term.sound
+        comparable = term.finite
         if self.memory.size:  # until the memory is full, fewer candidates lower the loss and raise chance agreement
             comparable = comparable & (self.memory.pairs is not None and self.memory.pairs[2].all())
-        self.memory.append(batch.z, batch.teacher, batch.valid & term.sound, image_ids)
+        self.memory.append(batch.z, batch.teacher, batch.valid & term.finite, image_ids)
         return replace(
             term,
             n_duplicates=n_duplicates,
-            gradient_expected=self.objective.gradient_expected(batch) & term.sound,
+            gradient_expected=self.objective.gradient_expected(batch) & term.finite,
             comparable=comparable,
             mknn=torch.where(comparable, shared / n_known, math.nan),
             chance=torch.where(comparable, chance / n_known, math.nan),
@@ -164,20 +164,20 @@ def mean_term(
     broken = (~inputs[0].isfinite().flatten(1).all(dim=1), ~by_target.isfinite(), ~teacher.isfinite().all())
     total, n_samples, *sums = sum_over_ranks(by_target, enters.sum(), *broken, *statistics)
     of_inputs, of_losses, of_teacher = sums[:3]
-    sound = ~(of_inputs | of_losses | of_teacher).any()
+    finite = ~(of_inputs | of_losses | of_teacher).any()
     loss = by_target.mean()
     if losses.dim() == 2:
         loss = loss * world_size() / n_samples.clamp(min=1)
         loss = loss + (total.mean() / n_samples.clamp(min=1) - loss).detach()
     for values in inputs:
         if values.requires_grad:  # torch.where, because 0 times a non-finite gradient is NaN
-            values.register_hook(lambda gradient: torch.where(sound, gradient, 0.0))
-    entered = sound & (n_samples > 0)
+            values.register_hook(lambda gradient: torch.where(finite, gradient, 0.0))
+    entered = finite & (n_samples > 0)
     term = TermOutput(
-        loss=torch.where(sound, loss, 0.0),
+        loss=torch.where(finite, loss, 0.0),
         n_samples=n_samples,
         n_duplicates=torch.zeros_like(n_samples),
-        sound=sound,
+        finite=finite,
         broken=of_inputs | of_losses & ~of_teacher,
         gradient_expected=entered,
         comparable=entered,  # a micro-batch without samples does not count in a mean

@@ -75,24 +75,24 @@ class Watch:
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
         """Adds a term to the statistics; if the objective ``planned`` to use no sample, the batch is not empty."""
-        sound, entered = output.sound, output.n_samples > 0
-        self._was_finite = self._was_finite | sound
-        self.left_out = ~sound if self.left_out is None else self.left_out | ~sound
-        self._nan_in_a_row = torch.where(sound, 0, self._nan_in_a_row + 1)
+        finite, entered = output.finite, output.n_samples > 0
+        self._was_finite = self._was_finite | finite
+        self.left_out = ~finite if self.left_out is None else self.left_out | ~finite
+        self._nan_in_a_row = torch.where(finite, 0, self._nan_in_a_row + 1)
         self._most_nan = torch.maximum(self._most_nan, self._nan_in_a_row)
-        self._broken = torch.where(sound, self._broken, output.broken)
+        self._broken = torch.where(finite, self._broken, output.broken)
         self.statistics.add(hera_loss=torch.where(output.comparable, output.loss.detach(), math.nan))
         if output.mknn is not None and output.chance is not None:
             self.statistics.add(hera_mknn=output.mknn.mean(), hera_mknn_chance=output.chance)
-        self.statistics.count(hera_duplicates=torch.where(sound, output.n_duplicates, 0), hera_nan_batches=~sound)
+        self.statistics.count(hera_duplicates=torch.where(finite, output.n_duplicates, 0), hera_nan_batches=~finite)
         if not planned:
-            self.statistics.count(hera_empty_batches=sound & ~entered)
+            self.statistics.count(hera_empty_batches=finite & ~entered)
         if not self.gradient_checked:
             self.sync()
-            self._gradient_expected, self._entered = bool(output.gradient_expected), bool(entered & sound)
+            self._gradient_expected, self._entered = bool(output.gradient_expected), bool(entered & finite)
             if self._entered:
                 self._idle_batches = None
-            elif self._idle_batches is not None and not planned and sound:
+            elif self._idle_batches is not None and not planned and finite:
                 self._idle_batches += 1
                 if self._idle_batches == _IDLE_BATCHES:
                     self._warn_of_idleness()
