@@ -56,9 +56,7 @@ class Firmness(NamedTuple):
     def note(self) -> str:
         """Two sentences about all scores: how well two halves agree, and the effect of the number of samples."""
         agreement = "undefined" if self.rank_correlation is None else f"{self.rank_correlation:.2f}"
-        means = [
-            f"{each['mean']:.4f} for {each['samples']} (chance {each['chance']:.4f})" for each in self.sample_counts
-        ]
+        means = ["{mean:.4f} for {samples} (chance {chance:.4f})".format(**each) for each in self.sample_counts]
         return f"The rank correlation of two halves is {agreement}. Mean score by sample count: {', '.join(means)}."
 
     @property
