@@ -78,6 +78,8 @@ def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(tmp_p
     assert written(tmp_path / "run")["provenance"]["scores"] != scores
     resumed = selecting(tmp_path / "run", checkpoint=str(tmp_path / "run/checkpoint-1"))
     assert resumed.aligner.targets == first.aligner.targets
+    with pytest.raises(ValueError, match=r"were selected for another run: select_m was 2, is 3"):
+        selecting(tmp_path / "run", checkpoint=str(tmp_path / "run/checkpoint-1"), select_m=3)
     shutil.copytree(tmp_path / "run/checkpoint-1/hera", tmp_path / "run/hera", dirs_exist_ok=True)
 
     file = str(tmp_path / "run/hera/heads.json")

@@ -357,8 +357,8 @@ def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
     assert logged["lm_loss"] == pytest.approx(by_tokens if counts else by_batches, abs=1e-4)
 
 
-@pytest.mark.parametrize("library", ["DeepSpeed", "torch"])
-def test_the_loss_scale_is_removed_from_the_objectives_gradients(tmp_path, library):
+@pytest.mark.parametrize(("library", "accumulate"), [("DeepSpeed", "none"), ("torch", "none"), ("torch", "gradcache")])
+def test_the_loss_scale_is_removed_from_the_objectives_gradients(tmp_path, library, accumulate):
     # Uses only the loss scaler, because DeepSpeed's engine and the Trainer refuse fp16 on most CPUs.
     scaler: Any = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=1)
     if library == "DeepSpeed":
@@ -366,7 +366,9 @@ def test_the_loss_scale_is_removed_from_the_objectives_gradients(tmp_path, libra
         scaler = module.DynamicLossScaler(2.0**10, 1, 1.0, 1, False)  # it grows after each step
 
     def temperatures(scaled: bool) -> list[float]:
-        trainer = trainer_of(tmp_path / str(scaled), hera={"objective_lr": 0.1}, max_grad_norm=0)
+        keys = {"objective_lr": 0.1, "accumulate": accumulate}
+        steps = 2 if accumulate == "gradcache" else 1
+        trainer = trainer_of(tmp_path / str(scaled), hera=keys, max_grad_norm=0, gradient_accumulation_steps=steps)
 
         def backward(loss: Tensor, **_: object) -> None:
             scaler.backward(loss)
