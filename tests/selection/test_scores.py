@@ -9,6 +9,7 @@ import pytest
 
 from llamafactory_hera.config import selection_keys
 from llamafactory_hera.heads import Target
+from llamafactory_hera.selection.firmness import permuted_scores
 from llamafactory_hera.selection.scores import (
     SAME_RUN,
     SAME_SCORES,
@@ -157,3 +158,9 @@ def test_a_command_line_can_be_repeated_in_a_shell_and_holds_no_secrets(monkeypa
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, started, *arguments])
     first = "llamafactory-cli" if script else f"{sys.executable} -m"
     assert command_line() == f"{first} train 'a b.yaml' hub_token=… --hub_token …"
+
+
+def test_a_permutation_of_the_teachers_samples_relabels_its_neighbors():
+    """If every sample is a neighbor of all others, no permutation changes the neighbors."""
+    others = np.array([[j for j in range(6) if j != i] for i in range(6)])
+    assert (permuted_scores(others, others, np.random.default_rng(0)) == 1).all()
