@@ -66,7 +66,7 @@ def undecoded(
     once. A dataset without media, with a format or transform, or from another library is returned unchanged, with
     None. So is every dataset if ``images_of`` is a user's function, which may need decoded images.
     """
-    features = getattr(dataset, "features", None)
+    features: Any = getattr(dataset, "features", None)
     if images_of is not sample_images or not hasattr(features, "decode_example"):
         return dataset, None
     streamed = is_stream(dataset)
