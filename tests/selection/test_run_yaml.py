@@ -57,7 +57,7 @@ def test_values_of_any_type_are_read_back_as_they_are():
 
 @pytest.mark.parametrize("text", ["- a\n", "a: 1\n---\nb: 1\n", "a: [\n", "a: \x00\n", "text", "[1]"])
 def test_a_text_that_is_not_a_mapping_is_refused(text):
-    with pytest.raises(ValueError, match=r"^recipe\.yaml: it is not a mapping of keys \(.*\)\.$"):
+    with pytest.raises(ValueError, match=r"^recipe\.yaml is not a mapping of keys \(.*\); write"):
         changed(text)
 
 

@@ -95,7 +95,8 @@ def _before(after: ScoreFile) -> Path:
             return path
         except ValueError as error:
             problem = str(error)
-    raise ValueError(f"{after.folder} has no scores before training that are comparable to later scores: {problem}")
+    lack = f"{after.folder} has no scores before training that are comparable to later scores ({problem})"
+    raise ValueError(f"report: {lack}; score the recipe, which writes {SCORE_FILES[1]}.")
 
 
 def show(path: Path) -> Comparison | None:

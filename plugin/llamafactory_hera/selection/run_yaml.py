@@ -36,7 +36,8 @@ class RecipeFile(NamedTuple):
         try:
             wanted = {**(yaml.safe_load(self.text) or {}), **keys}
         except (TypeError, yaml.YAMLError) as error:
-            raise ValueError(f"{self.path}: it is not a mapping of keys ({' '.join(str(error).split())}).") from error
+            why = " ".join(str(error).split())
+            raise ValueError(f"{self.path} is not a mapping of keys ({why}); write key: value lines.") from error
         with suppress(Exception):  # ruamel.yaml raises errors of any kind where it cannot keep a comment
             changed = _round_trip(self.text, keys)
             # compared as text, because NaN does not equal itself and 1 equals True
