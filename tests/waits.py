@@ -64,7 +64,7 @@ class Waits(TorchDispatchMode):
                 places.append((code.co_filename, frame.f_lineno, code.co_name))
             frame = frame.f_back
         file, line, name = places[0] if places else ("?", 0, "?")
-        # the first pass of gradient caching runs the model, and waits of the model do not count as ours
+        # the first pass of gradient caching runs the model, whose waits do not count as ours
         found = self.ours if file.startswith(_OURS) and name != HeraTrainer._collect.__name__ else self.host
         found[f"{file.removeprefix(_OURS + '/')}:{line} {name}: {what}"] += 1
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from llamafactory_hera.files import reading, write_json, write_safetensors
 from llamafactory_hera.plots import GRAY, new_figure, plain, save_figure, series_colors
 
-#: The folder of HARC's files, inside a run's output folder and inside each checkpoint, and the directions' file.
+#: The folder of HARC's files in each output folder and each checkpoint, and the file of the directions in it.
 FOLDER, DIRECTIONS = "harc", "directions.safetensors"
 
 # The first axis of directions `[4, n, D]`. On the second axis, layer l has index l - 1: layer 1 is the input of block
@@ -23,7 +23,7 @@ _EDGE = 4  # number of layers never chosen at each end, counting the embeddings
 
 
 def from_means(harmful: Tensor, harmless: Tensor, compliant: Tensor) -> Tensor:
-    """Returns the directions ``[4, n, D]`` from means ``[3, n, D]`` at instruction, prompt and response."""
+    """Returns directions ``[4, n, D]`` from means ``[3, n, D]`` at the instruction, prompt and response."""
     harm, refusal, later_refusal = harmful - harmless
     later_harm = compliant[2] - harmless[2]
     return functional.normalize(torch.stack([harm, refusal, later_harm, later_refusal]), dim=-1, eps=1e-8)
@@ -46,7 +46,7 @@ def pair_cosines(directions: Tensor) -> dict[str, Tensor]:
 
 
 def scores(directions: Tensor) -> Tensor:
-    """Scores layers 1 to n: high if harm and refusal differ and prompt and response agree; -inf near both ends."""
+    """Scores layers 1 to n: high if harm and refusal differ, but prompt and response agree; -inf near both ends."""
     apart, later_apart, harm, refusal = (value.abs() for value in pair_cosines(directions).values())
     values = (1 - apart) * (1 - later_apart) * harm * refusal
     values[: _EDGE - 1] = values[-_EDGE:] = -torch.inf
@@ -76,7 +76,7 @@ def save(folder: Path, directions: Tensor, layers: Sequence[int], provenance: di
         axes.plot(range(1, len(values) + 1), values, label=name, color=colors[name])
     for layer in layers:
         axes.axvline(layer, color=GRAY, alpha=0.3, linewidth=4, zorder=0)
-    axes.set(xlabel="layer, the input of the block (gray: chosen)", ylabel="cosine", ylim=(-1.05, 1.05))
+    axes.set(xlabel="layer l, the input of block l (gray: chosen)", ylabel="cosine", ylim=(-1.05, 1.05))
     axes.legend(fontsize=7, frameon=False)
     plain(axes)
     save_figure(figure, folder / "directions.png")

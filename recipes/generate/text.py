@@ -90,8 +90,8 @@ def _batches(recipe: Recipe) -> list[str]:
     text = f"Global batch {work.global_batch} = GPUs x per_device_train_batch_size x gradient_accumulation_steps."
     if hera:
         text += (
-            " HeRA compares each sample with the others in the micro-batch across all GPUs, and with hera_memory "
-            "earlier samples."
+            " HeRA compares each sample with the others in the micro-batch across all GPUs, and with earlier samples, "
+            "as many as hera_memory says."
         )
     lines = [*_wrap(text), "#", f"#   GPUs  per device  accumulation{'  hera_memory' if hera else ''}  memory per GPU"]
     chosen = (keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"])

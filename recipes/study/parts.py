@@ -1,4 +1,4 @@
-"""The parts that all runs share, trained only on training pictures and texts: tokenizer, teacher, and LLaVA."""
+"""The parts that runs share, trained only on training pictures and texts: tokenizer, teacher, and one LLaVA per seed."""
 
 import random
 from collections.abc import Sequence
@@ -130,7 +130,7 @@ def identity_tower() -> SiglipVisionModel:
 
 
 def make_llava(root: Path, world: World, settings: Settings, seed: int) -> None:
-    """Makes a seed's LLaVA from a language model trained only on text and a random projector."""
+    """Makes a seed's LLaVA from a random projector and a language model trained only on text."""
     tokenizer = AutoTokenizer.from_pretrained(root / TOKENIZER)
     with models.reproducible(seed):
         language_model = models.new_language_model(tokenizer, head_dim=12, intermediate_size=160)

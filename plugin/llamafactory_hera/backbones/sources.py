@@ -54,7 +54,7 @@ def open_language(name: str) -> Source:
     source = _open("--language-model", name, "a language model such as Qwen/Qwen3-8B")
     config = source.config
     if config.model_type not in FAMILIES or any(getattr(config, key, None) not in (None, 1) for key in _LOGIT_CHANGES):
-        raise _unsupported(source, FAMILIES, "without scaled or capped logits (finished VLMs need no build)")
+        raise _unsupported(source, FAMILIES, "without scaled or capped logits (existing VLMs need no build)")
     return source
 
 

@@ -13,7 +13,7 @@ from ..heads.paper import PAPER_HEADS
 
 
 class Backbone(NamedTuple):
-    """A finished VLM, or the LLM that a LLaVA-style model is built on."""
+    """An existing VLM, or the LLM that a LLaVA-style model is built on."""
 
     key: str  #: The prefix of its recipes' names.
     title: str
@@ -33,7 +33,7 @@ _TABLE = yaml.safe_load(Path(__file__).with_name("models.yaml").read_bytes())
 VISION_MODEL, TEACHER = _TABLE["vision_model"], _TABLE["teacher"]
 #: The LLMs in the paper, by key; `build` combines each with ``VISION_MODEL``.
 LANGUAGE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["language_models"].items()}
-#: Finished VLMs, by key; they are trained without `build`.
+#: Existing VLMs, by key; they are trained without `build`.
 NATIVE_MODELS = {key: Backbone(key, **fields) for key, fields in _TABLE["native_models"].items()}
 
 

@@ -30,7 +30,7 @@ _IMAGES = "extra_info"  # the only field (a string) that the engine copies from 
 
 
 class HeraV1Trainer(SFTTrainer):
-    """The engine's SFT trainer with HeRA; accepts the ``hera_*`` keys and the arguments of the engine's trainer."""
+    """The engine's SFT trainer with HeRA; accepts a ``HeraConfig`` and the arguments of the engine's trainer."""
 
     def __init__(self, *, hera: HeraConfig, **kwargs: Any) -> None:
         args = kwargs["args"]
@@ -51,7 +51,7 @@ class HeraV1Trainer(SFTTrainer):
         loss = super().compute_loss(batch)
         self.aligner.watch.statistics.add(lm_loss=loss.detach())
         term = self.aligner.loss(prepared).to(loss)
-        # The engine weights the sum by the labeled tokens of the micro-batch. This is right for the LM loss, but the
+        # The engine weights loss + term by the micro-batch's labeled tokens. This is right for the LM loss, but the
         # term is a mean over micro-batches, so the hook gives each micro-batch the same share of the term's gradient.
         share = 1 / self.train_batch_generator.num_micro_batch
         term.register_hook(lambda gradient: torch.full_like(gradient, share))
@@ -101,12 +101,12 @@ def _check(hera: HeraConfig, args: Any) -> None:
     engine = args.dist_config.name if args.dist_config is not None else None
     strategy, resumed = args.batching_strategy, args.resume_from_checkpoint
     checks = (
-        ("cp_size", args.cp_size, args.cp_size > 1, "it replaces the trainer's loss"),
+        ("cp_size", args.cp_size, args.cp_size > 1, "CP replaces the trainer's loss"),
         ("batching_strategy", strategy, strategy != BatchingStrategy.NORMAL, "only `normal` supports images"),
         ("dist_config.name", engine, engine not in (None, "fsdp2"), "only DDP and fsdp2 are supported"),
         ("resume_from_checkpoint", resumed, resumed is not None, "the engine's checkpoints contain no HeRA state"),
-        ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "it selects no heads"),
-        (hera.targets_key, AUTO, hera.named_targets == AUTO, "it selects no heads, so name them"),
+        ("hera_select_dataset", hera.select_dataset, hera.select_dataset is not None, "no heads are selected"),
+        (hera.targets_key, AUTO, hera.named_targets == AUTO, "no heads are selected, so name them"),
         ("hera_accumulate", hera.accumulate, hera.accumulate == "gradcache", "the engine runs only one forward pass"),
     )
     for key, value, refused, why in checks:

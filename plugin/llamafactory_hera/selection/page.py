@@ -40,7 +40,7 @@ def write_report(
 
 
 def verdict(comparison: Comparison) -> tuple[str, str]:
-    """Returns two sentences: the agreement with the teacher in the first and the last file, and its meaning."""
+    """Returns two texts: the agreement with the teacher in the first and the last file, and its meaning."""
     first, names, targets, rows = comparison.files[0], comparison.names, comparison.targets, comparison.rows
     (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.k
     change, others = after - before, rows["others"][-1] - rows["others"][0]
@@ -58,14 +58,14 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     toward = "toward" if change > 0 else "away from"
     meaning = f"They moved {toward} the teacher ({size}); the other {targets.plural} changed by {others:+.3f}."
     if abs(after - first.chance) <= noise:
-        meaning += " They are still at chance."
+        meaning += " They are at chance."
     if len(names) == 2:
         meaning += " Plain fine-tuning contributes to this; add the scores of a run without HeRA to see how much."
     return found, meaning
 
 
 def _noise(comparison: Comparison) -> float:
-    """Estimates the 95% interval of the change of the mean from the stored queries; 0 if it is unknown."""
+    """Estimates, from the stored queries, the half-width of a 95% interval of the mean's change; 0 if unknown."""
     with suppress(ValueError, IndexError):
         before, after = (Neighbors.load(comparison.files[place].path) for place in (0, -1))
         changes = torch.stack([after.shares(head) - before.shares(head) for head in comparison.targets.items])

@@ -84,7 +84,7 @@ def with_mode(config: HeraConfig, model_configuration: Any, language_model_froze
     elif getattr(model_configuration, BUILT, False):
         why = "`llamafactory-hera build` made the model"
     else:
-        mode, why = "mllm", "the model is a finished vision-language model"
+        mode, why = "mllm", "the model is a vision-language model already"
     if rank() == 0:
         logger.info(f"HeRA | hera_select_mode: {mode}, because {why}")
     with warnings.catch_warnings(action="ignore"):  # the settings have been checked before

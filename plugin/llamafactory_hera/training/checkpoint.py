@@ -117,7 +117,7 @@ def checkpoint_of(training_args: Any) -> str | None:
         requested = (get_last_checkpoint(folder) if folder.is_dir() else None) or folder / f"{PREFIX_CHECKPOINT_DIR}-*"
     if not Path(requested).is_dir():
         raise ValueError(
-            f"resume_from_checkpoint: {requested} does not exist; set it to a checkpoint's path, or remove the key to "
+            f"resume_from_checkpoint: {requested} does not exist; set the key to a checkpoint's path, or remove it to "
             "start from the beginning."
         )
     return str(requested)

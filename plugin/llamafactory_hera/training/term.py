@@ -103,7 +103,7 @@ class HeraTerm:
             if missing < 0:
                 raise ValueError(
                     f"per_device_train_batch_size: {n_rows} is less than the {len(valid)} samples of this batch; let "
-                    "the data loader create batches of at most that size."
+                    f"the data loader create batches of at most {n_rows}."
                 )
         ids = valid.new_zeros(len(valid), 2, dtype=torch.float32) if keys is None else _image_ids(keys)
         # torch.where instead of a product with the mask: a non-finite value outside the mask must not spread
@@ -137,8 +137,8 @@ def check_shape(objective: Objective, losses: Tensor, *shapes: list[int]) -> Non
     """Raises ``ValueError`` if an objective's losses have none of these shapes."""
     if list(losses.shape) not in shapes:
         raise ValueError(
-            f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; return one for each target and "
-            f"each sample of the process: {' or one for each target: '.join(map(str, shapes))}."
+            f"{type(objective).__name__} returns losses of shape {list(losses.shape)}; return one per pair of a "
+            f"target and a sample of the process, {', or one per target, '.join(map(str, shapes))}."
         )
 
 
