@@ -1,4 +1,4 @@
-"""The parts that runs share, trained only on training pictures and texts: tokenizer, teacher, and one LLaVA per seed."""
+"""The parts that runs share, trained only on training pictures and texts: tokenizer, teacher, a LLaVA per seed."""
 
 import random
 from collections.abc import Sequence
