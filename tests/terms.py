@@ -29,12 +29,12 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return a @ b / (a.norm() * b.norm())
 
 
-def pooled(z: Tensor, teacher: Tensor, valid: Tensor) -> PooledBatch:
+def pooled(z: Tensor, teacher: Tensor, valid: Tensor, rows: slice = slice(None)) -> PooledBatch:
     """Makes a batch without memory, as the term does."""
     z = torch.where(valid.view(1, -1, 1), z, 0.0)
     teacher = torch.where(valid.view(-1, 1), teacher, 0.0)
-    candidates = teacher_candidates(teacher, valid, 2, True)
-    return PooledBatch(z, z, teacher, valid, slice(0, len(valid)), z, candidates, True)
+    candidates = teacher_candidates(teacher, valid, 2, True, rows=rows)
+    return PooledBatch(z, z, teacher, valid, rows, z[:, rows], candidates, True)
 
 
 class ContrastiveTerm(HeraTerm):

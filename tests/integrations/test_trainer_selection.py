@@ -69,7 +69,7 @@ def test_a_rerun_reuses_the_selection_and_a_file_of_another_run_is_refused(tmp_p
     first = selecting(tmp_path / "run")
     caplog.clear()
     again = selecting(tmp_path / "run")
-    assert "which was selected with the same settings" in caplog.text
+    assert "selected with the same settings" in caplog.text
     assert again.aligner.targets == first.aligner.targets
 
     scores = written(tmp_path / "run")["provenance"]["scores"]

@@ -150,6 +150,12 @@ def test_the_examples_of_the_page_train_and_learn_their_parameters(example, keys
     assert not any(torch.equal(tensor, before[name]) for name, tensor in run.aligner.objective.state_dict().items())
 
 
+def test_the_example_computes_the_losses_of_the_samples_of_its_process(example):
+    objective, z, teacher = create(example, OPTIONS), torch.randn(TARGETS, N, D), torch.randn(N, D_TEACHER)
+    parts = [objective(pooled(z, teacher, VALID[1], rows)) for rows in (slice(0, 3), slice(3, N))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), objective(pooled(z, teacher, VALID[1])))
+
+
 def test_the_key_accepts_the_name_of_the_example(example):
     HeraConfig(heads="L0H1", objective=example)
     with pytest.raises(ValueError, match=f"hera_objective: 'nothing' is unknown; .*{example}, .*or give"):

@@ -30,7 +30,7 @@ FINAL = sys.maxsize
 
 Mixer = Literal["attention", "linear_attention", "none"]
 
-# Possible names, in this order, of a mixer's output projection, its head width (with latent attention, the width of
+# These tuples list possible names of a mixer's output projection, its head width (with latent attention, the width of
 # the values) and its number of heads, of the modules before the mixer, and of the norm after the last layer.
 _PROJECTIONS = ("o_proj", "out_proj", "dense", "wo")
 _WIDTHS = ("v_head_dim", "head_v_dim", "head_dim")
@@ -215,7 +215,7 @@ def output_projection(layer: nn.Module, heads: LayerHeads) -> nn.Module:
 def trainable_upstream(model: nn.Module, layer: int, whole_layer: bool = False) -> list[str]:
     """Lists the trainable parameters that influence the heads of a layer or, with ``whole_layer``, the layer's output.
 
-    Inside the layer, only the input norm and the mixer count or, with ``whole_layer``, all modules.
+    Inside the layer, only these count: the input norm and the mixer or, with ``whole_layer``, all modules.
     ``layer`` may be ``FINAL``. Call this function before a sharding engine renames or flattens parameters.
     """
     layers, norm = decoder_layers(model), final_norm(text_decoder(model))

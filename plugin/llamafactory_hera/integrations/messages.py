@@ -61,7 +61,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
     """Logs at the end of a run whether MKNN rose or, if the run did not measure it, whether the alignment loss fell.
 
     The change is the difference between the means of the first and of the last log lines (at most five each). The
-    noise is two standard errors of the differences between consecutive lines, so a slow trend hardly adds to it.
+    noise is two standard errors of the change, estimated from consecutive lines, so a slow trend hardly adds to it.
     """
     if rank() > 0:
         return
@@ -170,7 +170,7 @@ def log_setup(aligner: "Aligner", model: "nn.Module", training_args: Any, state:
     config, objective, decoder = aligner.config, aligner.objective, head_layout(model_config(model)).model_type
     size, steps = aligner.batch_size or 1, training_args.gradient_accumulation_steps
     micro_batch = size * world_size()
-    family = f"{decoder}, {'tested' if decoder in FAMILIES else 'by structure'}"
+    family = f"{decoder}, {'tested' if decoder in FAMILIES else 'found by structure'}"
     lines = {
         aligner.targets.plural: f"{aligner.targets} ({family})",
         "teacher": f"{config.teacher} ({aligner.teacher.encoder.dim} values)",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..alignment.neighbors import Candidates
 
-#: A package whose modules register further objectives. Only ``find`` imports it, by name.
-_SHELF = "llamafactory_hera.rivals"
+#: A package whose modules register further objectives. Only ``names`` imports it.
+_RIVALS = "llamafactory_hera.rivals"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Any) -> Tensor:
         """Computes losses from a ``PooledBatch`` or a ``TokenBatch``.
 
-        Returns ``[n_targets, n]``, the losses of this process's samples, 0 for a sample that does not enter. The run
+        Returns ``[n_targets, n]``, the losses of this process's samples, 0 for a sample outside ``entering``. The run
         averages them over all samples that enter. If the loss of a ``PooledBatch`` is not such a mean, returns
         ``[n_targets]``, the loss of the global batch, which every process must compute in the same way.
         """
@@ -87,7 +87,7 @@ class Objective(nn.Module, ABC):
         return batch.valid[batch.rows] & (batch.valid.sum() >= self.least_samples)
 
     def gradient_expected(self, batch: PooledBatch) -> Tensor:
-        """Returns a boolean scalar: whether each sample of this process that enters must receive a gradient."""
+        """Returns a boolean scalar: whether the backward pass must reach this process's samples in the loss."""
         return self.entering(batch).any()
 
     def values(self) -> dict[str, float]:
@@ -112,8 +112,8 @@ def register(name: str) -> Callable[[type[Objective]], type[Objective]]:
 
 def names() -> tuple[str, ...]:
     """Lists the names of all registered objectives, including those of ``rivals``."""
-    for module in iter_modules(import_module(_SHELF).__path__):
-        import_module(f"{_SHELF}.{module.name}")
+    for module in iter_modules(import_module(_RIVALS).__path__):
+        import_module(f"{_RIVALS}.{module.name}")
     return tuple(sorted(_REGISTRY))
 
 

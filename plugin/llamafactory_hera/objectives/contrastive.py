@@ -34,13 +34,13 @@ class Contrastive(Objective):
         ``s_ij = s_ji``, candidates are mutual, and every process sends its samples' neighbors and the log-sum-exp of
         their logits. So the candidates carry no gradient, and the backward pass needs no communication.
         """
-        found, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
+        candidates, temperature, n_all = batch.candidates, self.log_temperature.exp(), batch.z.shape[1]
         similarities = similarity(batch.own, batch.z_all.detach(), batch.normalize)
-        losses, logits, log_sums = sample_losses(similarities, found.neighbors, temperature, found.allowed)
-        sent = torch.cat([log_sums.detach().T, found.neighbors.to(log_sums)], dim=1)
+        losses, logits, log_sums = sample_losses(similarities, candidates.neighbors, temperature, candidates.allowed)
+        sent = torch.cat([log_sums.detach().T, candidates.neighbors.to(log_sums)], dim=1)
         log_sums, neighbors = gather_rows(sent).split([len(log_sums), sent.shape[1] - len(log_sums)], dim=1)
         with torch.no_grad():
-            index = neighbors.long() - found.first  # in this process's samples; -1 for samples of other processes
+            index = neighbors.long() - candidates.first  # in this process's samples; -1 for samples of other processes
             index = index.where((index >= 0) & (index < losses.shape[-1]), -1)
             counts = (neighbors >= 0).sum(dim=-1)
             wanted = neighbor_mask(index, losses.shape[-1]).T / counts.clamp(min=1)

@@ -58,7 +58,7 @@ def _named(config: HeraConfig, run: Run, folder: Path) -> Targets:
     if targets.provenance:
         _check(targets, differences(targets.provenance, _origin(config, run), SAME_RUN), config)
         return targets
-    path = folder / file_name(config.granularity)  # training rewrites this file, and would lose the scores
+    path = folder / file_name(config.granularity)  # training rewrites this file, and would otherwise lose the scores
     selected = Targets.load(path, config.granularity) if path.is_file() else targets
     same = selected.names == targets.names and selected.provenance
     return selected if same and not differences(selected.provenance, _origin(config, run), SAME_RUN) else targets
@@ -80,7 +80,7 @@ def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | No
         if chosen is not None and chosen.provenance:
             differing = differences(chosen.provenance, now, SAME_SELECTION)
             if not differing:
-                logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, which was selected with the same settings")
+                logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, selected with the same settings")
             if checkpoint is not None or not differing:
                 _check(chosen, differing, config)
                 return chosen

@@ -85,7 +85,7 @@ def chat_collator(processor: Any, images_of: ImagesOf) -> Collate:
         texts = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
         prompts = [processor.apply_chat_template(c[:-1], tokenize=False, add_generation_prompt=True) for c in chats]
         images = [[load_image(image) for image in images_of(row)] for row in rows]
-        bos = getattr(processor, "tokenizer", processor).bos_token  # the tokenizer must not add what a template writes
+        bos = getattr(processor, "tokenizer", processor).bos_token  # the tokenizer must not add a second BOS token
         added = not (bos and texts[0].startswith(bos))
         options = {"padding": True, "padding_side": "right", "return_tensors": "pt", "add_special_tokens": added}
         if any(images):
@@ -127,7 +127,7 @@ class CollatedRows:
         return len(self._rows)
 
     def images(self, row: int) -> list[ImageLike]:
-        """Returns the images of a row, encoded if the dataset allows it."""
+        """Returns the images of a row, not yet decoded if the dataset allows it."""
         return images_by(self._images_of, self._rows[row])
 
     def encode(self, row: int) -> Features | None:

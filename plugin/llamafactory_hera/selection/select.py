@@ -37,7 +37,7 @@ _TEACHER_FEATURES = "features-teacher"  # the cache during a selection if hera_t
 
 
 def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> Targets:
-    """Scores all heads and layers, chooses targets, and writes all of it to a file. All processes call it together."""
+    """Scores all heads and layers, chooses targets, and writes both to a file. All processes call it together."""
     with ExitStack() as stack:
         if path.parent.name == RUN_FOLDER:
             on_first(lambda: stack.enter_context(locked(path.parents[1])))
@@ -58,7 +58,7 @@ def select_targets(inputs: SelectionInputs, config: HeraConfig, path: Path) -> T
 def _sample_counts(config: HeraConfig, path: Path) -> list[int]:
     """Lists the sample counts to try in order; only ``auto`` tries several.
 
-    With ``auto``, a run is scored on as many samples as the earlier scores in its folder, so they can be compared.
+    With ``auto``, scoring a run uses as many samples as the earlier scores in its folder, so all can be compared.
     """
     if config.select_samples != AUTO:
         return [config.most_samples]
@@ -85,10 +85,10 @@ class _ScoredSamples:
         if not known:
             self._model = self._inputs.load_model()
             layout = self._layout = head_layout(model_config(self._model))
-            # only these heads may be chosen; a layer without heads has none
-            widths = [[n] if config.select_mixers in ("all", mixer) else [0] for mixer, n, *_ in layout.layers]
-            of_heads = np.where(np.arange(layout.n_heads) < widths, 1.0, np.nan)
-            self._choosable = of_heads if config.granularity == "head" else np.ones(layout.n_layers)
+            # heads that may be chosen; a layer without heads contributes none
+            counts = [[n] if config.select_mixers in ("all", mixer) else [0] for mixer, n, *_ in layout.layers]
+            head_mask = np.where(np.arange(layout.n_heads) < counts, 1.0, np.nan)
+            self._choosable = head_mask if config.granularity == "head" else np.ones(layout.n_layers)
             self._rule(self._choosable)  # raises before the passes if there are too few heads or layers
         features = [sample.features for sample in samples[known:]]
         heads, layers = pooled_outputs(self._inputs, self._model, features, config)
@@ -111,10 +111,10 @@ class _ScoredSamples:
     def choose(self) -> Targets:
         """Chooses heads or layers, and measures how firm the choice is."""
         inputs, config, granularity = self._inputs, self._config, self._config.granularity
-        self._of_heads, self._of_teacher = self._neighbors("head")
-        neighbors = {"head": self._of_heads, "layer": self._neighbors("layer")[0]}
-        counts = {name: shared_neighbors(found, self._of_teacher) for name, found in neighbors.items()}
-        n, k = self._of_teacher.shape
+        self._head_neighbors, self._teacher_neighbors = self._neighbors("head")
+        neighbors = {"head": self._head_neighbors, "layer": self._neighbors("layer")[0]}
+        counts = {name: shared_neighbors(found, self._teacher_neighbors) for name, found in neighbors.items()}
+        n, k = self._teacher_neighbors.shape
         scores, layer_scores = (mean_shared(of_all, k) for of_all in counts.values())
         if scores.isnan().all():
             problem = "the output of every head contains NaN or infinity; the checkpoint is damaged or exceeds"
@@ -127,7 +127,7 @@ class _ScoredSamples:
 
         choosable = counts[granularity].numpy() * self._choosable[..., None]
         chosen = self._rule(choosable.mean(-1))
-        arrays = choosable, neighbors[granularity].numpy(), self._of_teacher.numpy()
+        arrays = choosable, neighbors[granularity].numpy(), self._teacher_neighbors.numpy()
         firmness = measure_firmness(chosen, self._rule, *arrays, rescore, config.select_seed)
         return Targets(
             chosen,
@@ -153,8 +153,8 @@ class _ScoredSamples:
         )
 
     def write(self, path: Path, chosen: Targets) -> None:
-        """Writes the file of the choice and, for the gallery, the neighbors of some samples."""
-        write_neighbors(path, self.samples, self._of_teacher, self._of_heads, self._inputs.tokenizer)
+        """Writes the chosen targets to their file and, for the gallery, the neighbors of some samples."""
+        write_neighbors(path, self.samples, self._teacher_neighbors, self._head_neighbors, self._inputs.tokenizer)
         chosen.save(path)
         shutil.rmtree(path.parent / _TEACHER_FEATURES, ignore_errors=True)
 

@@ -64,7 +64,7 @@ class HeraCollator:
     images_of: Callable[[Any], list[ImageLike]] = sample_images
     #: Columns to remove before ``collate`` is called.
     drop: tuple[str, ...] = ()
-    #: Decodes the images that ``undecoded`` left as files in a row.
+    #: Decodes the images that ``teachers.images.undecoded`` left as files in a row.
     decode: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     #: The id of the image placeholder and its count per image; batches with other counts are refused.
     tokens: tuple[int, int] | None = None
@@ -98,7 +98,7 @@ class HeraCollator:
             check_image_tokens(batch["input_ids"], batch.get("attention_mask"), teacher["hera_image"], *self.tokens)
         if pieces is not None:
             teacher["hera_pieces"] = numbers = torch.zeros_like(batch["input_ids"])
-            placed = [(row, piece) for row, held in zip(numbers, pieces, strict=True) for piece in held]
+            placed = [(row, piece) for row, row_pieces in zip(numbers, pieces, strict=True) for piece in row_pieces]
             for number, (row, piece) in enumerate(placed, start=1):
                 row[piece.start : piece.stop] = number
         return {**batch, **teacher}
@@ -108,11 +108,11 @@ class HeraCollator:
         found = [images_by(self.images_of, row) for row in rows]
         if pieces is None:
             return found
-        placed = [(images, piece) for images, held in zip(found, pieces, strict=True) for piece in held]
+        placed = [(images, piece) for images, row_pieces in zip(found, pieces, strict=True) for piece in row_pieces]
         return [[images[index] for index in piece.images] for images, piece in placed]
 
     def _teacher_inputs(self, images: list[tuple[ImageLike, ImageLike] | None]) -> dict[str, Tensor]:
-        """Creates the tensors from each sample's image, decoded and as stored, or None if it has no image."""
+        """Creates the tensors from a pair per sample: its image decoded and as stored, or None without an image."""
         source = torch.full((len(images),), NO_IMAGE, dtype=torch.uint8)
         pending = {row: pair for row, pair in enumerate(images) if pair is not None}
         source[list(pending)] = PIXELS

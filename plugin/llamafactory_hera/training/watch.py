@@ -43,7 +43,7 @@ class Watch:
     # -- before the first forward pass -----------------------------------------------------------------------------
 
     def check_batch(self, batch: dict[str, Any], has_image: Tensor, media_token_ids: frozenset[int]) -> None:
-        """Raises ``ValueError`` if the collator drops images or labels prompts in the first batch with images."""
+        """Raises ``ValueError`` if the collator labels prompts or drops images in the first batch with images."""
         if self._batch_checked or not media_token_ids or not bool(has_image.any()):
             return
         self._batch_checked = True
@@ -74,7 +74,7 @@ class Watch:
     # -- one micro-batch -------------------------------------------------------------------------------------------
 
     def record(self, output: TermOutput, planned: bool = False) -> None:
-        """Adds a term to the statistics; if the objective ``planned`` to use no sample, the batch is not empty."""
+        """Adds a term to the statistics; a batch whose samples the objective ``planned`` never counts as empty."""
         finite, entered = output.finite, output.n_samples > 0
         self._was_finite = self._was_finite | finite
         self.left_out = ~finite if self.left_out is None else self.left_out | ~finite
@@ -153,7 +153,7 @@ class RunningMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._numbers: dict[str, Tensor] = {}
+        self._n_values: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
@@ -161,7 +161,7 @@ class RunningMeans:
         for name, value in values.items():
             known = ~torch.isnan(value)
             self._sums[name] = self._sums.get(name, 0.0) + torch.where(known, value, 0.0).double()
-            self._numbers[name] = self._numbers.get(name, 0) + known
+            self._n_values[name] = self._n_values.get(name, 0) + known
 
     def count(self, **increments: Tensor) -> None:
         """Adds to counters; a counter that stays 0 is not reported."""
@@ -171,7 +171,7 @@ class RunningMeans:
     def take(self) -> dict[str, float]:
         """Returns means and counts since the last call; a mean without values is NaN."""
         # 0 / 0 is NaN on the device
-        means = {name: (total / self._numbers[name]).item() for name, total in self._sums.items()}
+        means = {name: (total / self._n_values[name]).item() for name, total in self._sums.items()}
         counts = {name: float(n) for name, value in self._counts.items() if (n := int(value))}
-        self._sums, self._numbers, self._counts = {}, {}, {}
+        self._sums, self._n_values, self._counts = {}, {}, {}
         return means | counts

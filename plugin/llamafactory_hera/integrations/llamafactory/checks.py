@@ -131,12 +131,12 @@ def packed_pieces(row: dict[str, Any]) -> list[Piece]:
             "neat_packing: True needs the packing_params column, which says where the samples of a row begin, but a "
             "row lacks it; if tokenized_path has data from an older LLaMA-Factory, tokenize the data again."
         )
-    ends, of_images = packed["sequence_boundaries"], packed["image_subseq_ids"]
+    boundaries, of_images = packed["sequence_boundaries"], packed["image_subseq_ids"]
     if packed["right_padding_length"]:
-        ends = ends[:-1]
+        boundaries = boundaries[:-1]
     return [
         Piece(start, stop, [image for image, piece in enumerate(of_images) if piece == number])
-        for number, (start, stop) in enumerate(pairwise(ends))
+        for number, (start, stop) in enumerate(pairwise(boundaries))
     ]
 
 
