@@ -81,6 +81,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, copy_demo: Callable[[Path], 
 
 @pytest.fixture
 def here(world: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder ``world`` as the working directory."""
+    """Makes the ``world`` folder the working directory."""
     monkeypatch.chdir(world)
     return world

@@ -30,7 +30,7 @@ def checkpoint(model: nn.Module, reentrant: bool | None) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the gradient of each trainable parameter; zeros if no loss reached it."""
+    """Returns each trainable parameter's gradient, or zeros if no loss reached it."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
 
@@ -42,7 +42,7 @@ def weighted_sum(z: Tensor) -> Tensor:
 
 @dataclass
 class Block:
-    """The values ``[B, T, ...]`` of all tokens in one layer."""
+    """The ``[B, T, ...]`` values of all tokens in one layer."""
 
     entered: Tensor  # input of the output projection
     attended: Tensor  # output of the attention module
@@ -69,7 +69,7 @@ def projection(mixer: nn.Module) -> nn.Linear:
 
 
 def keep(block: Block, name: str, *values: object) -> None:
-    """Keeps the last value that a hook receives, or its first element if it is a tuple."""
+    """Keeps the last value that a hook receives, or the first element of a tuple."""
     setattr(block, name, values[-1][0] if isinstance(values[-1], tuple) else values[-1])
 
 
@@ -98,7 +98,7 @@ def check_heads(
     projections: Projections | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Compares the captured contribution of every head, projected by the modules by default, with the blocks."""
+    """Compares every head's captured contribution with the blocks' values; ``projections`` default to the modules'."""
     layout = head_layout(model_config(model))
     every = [Target(index, head) for index, layer in enumerate(layout.layers) for head in range(layer.n_heads)]
     with HeadCapture(model, every) as capture:
@@ -141,7 +141,7 @@ def check_layers(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, toler
 
 
 def check_pooled(model: nn.Module, batch: dict[str, Tensor], mask: Tensor, tolerance: float = 1e-5) -> None:
-    """Compares the pooled outputs of all heads and layers, read in one pass, with the blocks."""
+    """Compares pooled outputs of all heads and layers, read in one pass, with the blocks' own."""
     heads, layers = pooled_heads(model, mask.bool(), partial(model, **batch))
     layout = head_layout(model_config(model))
     assert [of_layer.shape[1:] for of_layer in heads] == [layer[1:3] for layer in layout.layers]

@@ -31,7 +31,7 @@ def holder(output_dir: Path) -> Iterator[subprocess.Popen]:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Makes writes beyond this file size fail, as on a full disk; this includes log files."""
+    """Makes writes to any file, logs included, fail beyond this size, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -52,7 +52,7 @@ def _run(function: Callable[[int], Any], rank: int, world_size: int, folder: str
 
 
 def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, timeout: float = 180) -> list[Any]:
-    """Runs a module-level function on each rank of a gloo group, and returns the results by rank."""
+    """Runs a module-level function on each rank of a gloo group; returns results (``weights_only`` types) by rank."""
     context = multiprocessing.get_context("spawn")
     arguments = [(function, rank, world_size, str(folder)) for rank in range(world_size)]
     processes = [context.Process(target=_run, args=args, daemon=True) for args in arguments]
@@ -67,7 +67,7 @@ def run_ranks(function: Callable[[int], Any], world_size: int, folder: Path, tim
         process.join()
     assert not alive, f"{len(alive)} of {world_size} ranks did not finish within {timeout} s"
     codes = [process.exitcode for process in processes]
-    assert not any(codes), f"ranks ended with the exit codes {codes}"
+    assert not any(codes), f"the ranks' exit codes are {codes}"
     results = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
     failures = [f"rank {rank}: {result}" for rank, result in enumerate(results) if isinstance(result, str)]
     assert not failures, "\n".join(failures)

@@ -31,7 +31,7 @@ def test_every_key_has_a_help_text_and_lists_of_keys_contain_only_keys():
     assert not {*FIXED_KEYS} & {*RESUMABLE_KEYS}
 
 
-def test_defaults():
+def test_the_defaults_are_those_of_the_paper_and_of_the_package():
     paper = {"hera_weight": 0.01, "hera_k": 10, "hera_temperature": 0.07, "hera_teacher": "facebook/dinov2-large"}
     ours = {"hera_pooling": "answer", "hera_similarity": "cosine", "hera_memory": "auto"}
     selection = {"hera_select": "worst", "hera_select_m": 5, "hera_select_mode": "auto", "hera_select_samples": 1000}

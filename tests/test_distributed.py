@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 RANKS, D_IN, D, HEADS, D_TEACHER = 2, 5, 6, 2, 4
 WEIGHTS = torch.arange(12.0).view(3, 4)
 
-#: Case -> the samples of each rank, and for each sample whether it is valid.
+#: Case -> the samples of each rank, and a validity flag for each sample.
 BATCHES: dict[str, tuple[list[range], list[bool]]] = {
     "even": ([range(4), range(4, 8)], [True] * 8),
     "uneven": ([range(2), range(2, 8)], [True] * 8),
@@ -91,7 +91,7 @@ def plain_cases(number: int) -> dict[str, Tensor]:
         )
 
     rows, others = torch.ones(2, 3, requires_grad=True), torch.zeros(4, 3, requires_grad=True)
-    other_side = others * 1  # made before the gather, so its backward pass runs after that of the gather
+    other_side = others * 1  # made before the gather, so its backward pass runs after the gather's
     # the sum hands one gradient tensor to both sides: the other side must not see the reduction over ranks
     ((gather_rows(rows * 2) + other_side) * (number + 1)).sum().backward()
     results["gradient"], results["gradient of the other side"] = rows.grad, others.grad

@@ -58,7 +58,7 @@ def test_a_missing_model_is_refused_in_one_line(name, offline):
     assert "\n" not in str(error.value)
 
 
-def test_weight_files_are_chosen_in_the_order_of_transformers_and_not_beside_an_adapter(model):
+def test_weight_files_are_chosen_in_the_order_of_transformers_and_refused_next_to_an_adapter(model):
     (model / "pytorch_model.bin").touch()
     (model / "adapter_model.safetensors").touch()
     (model / "adapter_config.json").touch()

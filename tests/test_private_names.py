@@ -41,7 +41,7 @@ _PUBLIC = {"_asdict", "_fields", "_replace"}  # of named tuples
 
 
 def _defined(tree: ast.Module) -> Iterator[str]:
-    """Lists the names that a module defines, attributes of its own objects included."""
+    """Lists the names that a module defines, including attributes of its own objects."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -88,7 +88,7 @@ def lines_with(pattern: re.Pattern, *but: str) -> list[str]:
     ]
 
 
-def test_the_method_names_no_host():
+def test_the_core_package_names_no_host():
     assert lines_with(HOST_WORDS, "integrations", "cli.py", "doctor.py", "__init__.py") == []
 
 

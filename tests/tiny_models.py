@@ -43,7 +43,7 @@ _ROUTED: dict[str, Any] = {"n_routed_experts": 2, "n_shared_experts": 1, "num_ex
 _ROUTED |= {"topk_group": 1, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 _LATENT: dict[str, Any] = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
 _LATENT |= {"v_head_dim": 12, "num_key_value_heads": HEADS}
-# linear attention has other numbers and widths of heads than softmax attention
+# linear attention and softmax attention differ in the number and the width of their heads
 _LINEAR: dict[str, Any] = {"linear_num_key_heads": 3, "linear_num_value_heads": 6, "linear_key_head_dim": 8}
 _LINEAR |= {"linear_value_head_dim": 10, "linear_conv_kernel_dim": 2}
 _LINEAR |= {"layer_types": ["linear_attention", "full_attention"]}
@@ -407,12 +407,12 @@ def autoencoder_folder() -> str:
 
 
 def student_processor() -> tf.SiglipImageProcessor:
-    """Returns an image processor for these VLMs."""
+    """Returns an image processor for the tiny VLMs."""
     return tf.SiglipImageProcessor(size={"height": _SIDE, "width": _SIDE})
 
 
 def noise_images(n: int, size: tuple[int, int] = (16, 16), seed: int = 0) -> list[Image.Image]:
-    """Makes different images of noise."""
+    """Makes distinct images of noise."""
     noise = np.random.default_rng(seed)
     return [Image.fromarray(noise.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(n)]
 

@@ -9,7 +9,7 @@ from llamafactory_hera.alignment.neighbors import shared_fraction, teacher_candi
 
 
 def naive_neighbors(features: Tensor, k: int, normalize: bool) -> list[list[int]]:
-    """Sorts all others in float64, by decreasing similarity, and ties by increasing index."""
+    """Ranks all other samples in float64, by decreasing similarity and then by increasing index."""
     rows = features.double().tolist()
     if normalize:
         rows = [[x / (math.sqrt(sum(y * y for y in row)) or 1.0) for x in row] for row in rows]
@@ -34,7 +34,7 @@ def test_neighbors_are_the_most_similar_others_best_first(k, normalize):
 
 @pytest.mark.parametrize("k", [1, 4, 7, 30])
 def test_ties_break_by_increasing_index(k):
-    # small integers: their products are exact, so equal similarities are equal in every summation order
+    # small integers have exact products, so ties are exact in every summation order
     features = torch.randint(-1, 2, (40, 3)).float()
     assert nearest_neighbors(features, k, normalize=False).tolist() == naive_neighbors(features, k, False)
     nothing = torch.zeros(6, 3)
@@ -44,7 +44,7 @@ def test_ties_break_by_increasing_index(k):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_features_are_ranked_in_single_precision(dtype, normalize):
-    # many cosines near 0.92 differ by less than half precision resolves, which would make them ties
+    # many cosines near 0.92 differ by less than half precision resolves, so they would tie
     features = (1 + 0.3 * torch.randn(60, 16)).to(dtype)
     assert nearest_neighbors(features, 5, normalize).tolist() == naive_neighbors(features, 5, normalize)
     assert nearest_neighbors(features, 5, normalize).dtype == torch.int64
@@ -86,7 +86,7 @@ def test_only_allowed_candidates_are_neighbors_and_minus_one_means_none(k):
 
 
 @pytest.mark.parametrize("rows", [slice(0, 4), slice(4, 9), slice(9, 20)])
-def test_some_samples_have_the_candidates_that_they_have_among_all(rows):
+def test_a_part_of_the_batch_has_the_same_candidates_as_in_the_whole_batch(rows):
     """Features are small integers, so that many similarities tie."""
     teacher, student = torch.randint(-1, 2, (26, 3)).float(), torch.randint(-1, 2, (2, 26, 3)).float()
     valid, filled, ids = torch.rand(20) < 0.8, torch.rand(6) < 0.8, torch.randint(0, 9, (26, 2)).float()
@@ -107,7 +107,7 @@ def test_copies_of_a_file_are_no_candidates_even_if_their_features_differ():
     assert candidates.duplicates == 1
 
 
-def test_candidates_are_other_valid_images_and_remembered_ones():
+def test_candidates_are_the_other_valid_images_of_the_batch_and_the_memory():
     teacher = torch.randint(-9, 10, (7, 9)).float()  # a batch of 5 and 2 remembered samples; products are exact
     teacher[3] = 2 * teacher[0]  # the same image
     teacher[6] = teacher[1]

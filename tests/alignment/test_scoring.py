@@ -41,7 +41,7 @@ def assert_scores(scores, pooled, weights, neighbors, normalize=True, slack=3e-6
 
 
 def model(n, n_layers, n_heads, d, dim):
-    """Head outputs, weights, and teacher features that share some structure with the outputs."""
+    """Makes head outputs, weights, and teacher features that share some structure with the outputs."""
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(n, 6, generator=generator)
     mix = torch.randn(6, n_layers * n_heads * d, generator=generator)
@@ -56,7 +56,7 @@ def model(n, n_layers, n_heads, d, dim):
     [
         (11, 3, 4, 9, 10, 0),  # all other samples are neighbors
         (2, 1, 4, 9, 1, 0),
-        (40, 2, 1, 10, 5, 1),  # cosines are 1 and -1: all rows are ties
+        (40, 2, 1, 10, 5, 1),  # every cosine is 1 or -1, so all rows have ties
         (97, 2, 8, 5, 10, 0.01),  # rank 5 of 8: the Gram matrix is singular
         (300, 2, 8, 40, 3, 0.01),
         (130, 2, 8, 40, 60, 0.01),
@@ -74,7 +74,7 @@ def test_scores_equal_the_published_procedure(n, n_heads, d, dim, k, undecided, 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_break_by_increasing_index_for_any_number_of_rows_in_memory(seed, rows, monkeypatch):
     monkeypatch.setattr(scoring, "ROWS", rows)
-    # whole numbers with copies, zeros and a null space, so that many dot products are equal
+    # integers with copies, zeros and a null space, so that many dot products are equal
     generator = torch.Generator().manual_seed(seed)
     pooled = torch.randint(-1, 2, (90, 1, 3, 4), generator=generator).float()
     pooled[::7] *= 3
@@ -99,7 +99,7 @@ def test_outputs_that_the_projection_removes_count_as_zero():
     pooled[::5, 0, 0] = pooled[::5, 0, 0, :3] @ null_space.float()
     neighbors = nearest_neighbors(latent, 10)
     contributions = pooled[:, 0, 0].double() @ weights[0].double().T
-    assert 0 < contributions[::5].abs().max() < 1e-5  # only rounding
+    assert 0 < contributions[::5].abs().max() < 1e-5  # only rounding errors
     contributions[::5] = 0
     exact, _ = naive_range(contributions, neighbors, normalize=True, slack=0)
     assert score_heads(pooled.unbind(1), weights, neighbors).item() == pytest.approx(exact, abs=1e-6)

@@ -22,7 +22,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def build(checkpoints: dict[str, Path], tmp_path: Path) -> Build:
-    """Returns a function that builds a model in the folder ``built`` from names of checkpoints, or from folders."""
+    """Returns a function that builds a model in the ``built`` folder from checkpoint names or folders."""
 
     def run(llm: str | Path = "qwen3", tower: str | Path = "siglip", output: str | Path = "built", **options):
         folders = [str(checkpoints.get(name, name)) for name in (llm, tower)]

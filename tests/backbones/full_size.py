@@ -62,7 +62,7 @@ def text_config(key: str) -> dict[str, Any]:
 
 
 def vlm_config(key: str) -> dict[str, Any]:
-    """Returns the entries of the configuration of a finished VLM, or of the model that `build` makes from an LLM."""
+    """Returns the entries of the configuration of an existing VLM, or of the model that `build` makes from an LLM."""
     text = text_config(key)
     both = {"text_config": text, "tie_word_embeddings": text["tie_word_embeddings"]}
     if key in _NATIVE:

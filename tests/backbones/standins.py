@@ -1,4 +1,4 @@
-"""Tiny random stand-ins for the finished VLMs of the recipes, with real special tokens, templates and processors."""
+"""Tiny random stand-ins for the existing VLMs of the recipes, with real special tokens, templates and processors."""
 
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ def _qwen_vl(folder: Path, name: str, patch: int, vision: dict[str, Any], proces
 
 
 def _qwen2_5_vl(folder: Path) -> None:
-    # Blocks of 4-bit quantization have 64 values, and this model is also used for QLoRA.
+    # This model is also used for QLoRA, whose 4-bit quantization needs blocks of 64 values.
     vision = {"hidden_size": 64, "intermediate_size": 64, "out_hidden_size": 64}
     _qwen_vl(folder, "Qwen2_5_VL", 14, vision | {"fullatt_block_indexes": [1], "window_size": 28}, hidden_size=64)
 
@@ -154,7 +154,7 @@ def _gemma4(folder: Path) -> None:
     _save("Gemma4", config, tf.Gemma4Processor(*parts, tf.Gemma4VideoProcessor(**images)), folder)
 
 
-#: The function that writes the stand-in into a folder, by the key of a finished VLM in the table.
+#: Maps the key of an existing VLM in the table to the function that saves its stand-in in a folder.
 NATIVE = {"qwen2_5_vl_7b": _qwen2_5_vl, "qwen3_vl_4b": _qwen3_vl, "llava_1_5_7b": _llava_1_5}
 NATIVE |= {"llava_next_7b": _llava_next, "internvl3_8b": _internvl3, "gemma3_4b": _gemma3}
 NATIVE |= {"qwen3_5_4b": _qwen3_5, "qwen3_5_9b": _qwen3_5, "qwen3_vl_8b": _qwen3_vl, "gemma4_e4b": _gemma4}
@@ -163,7 +163,7 @@ NATIVE["internvl3_5_8b"] = partial(_internvl3, text=tf.Qwen3Config)
 
 
 def save_native(key: str, folder: Path) -> Path:
-    """Saves a stand-in for the finished VLM ``key``."""
+    """Saves a stand-in for the existing VLM ``key``."""
     torch.manual_seed(9)
     NATIVE[key](folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATES["finished"][key], encoding="utf-8")
@@ -171,7 +171,7 @@ def save_native(key: str, folder: Path) -> Path:
 
 
 def save_paper_llm(family: str, sizes: Any, folder: Path) -> Path:
-    """Saves a language model with the number of layers and heads in the table, so that the paper's heads exist."""
+    """Saves a language model with the table's numbers of layers and heads, so that the paper's heads exist."""
     heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.kv_heads, "head_dim": 4}
     widths = {"hidden_size": 32, "intermediate_size": 48, "tie_word_embeddings": sizes.tied}
     return save_language_model(family, folder, num_hidden_layers=sizes.layers, **heads, **widths)

@@ -1,4 +1,4 @@
-"""`build` copies its parts unchanged for all families and encoders; it refuses bad input and then leaves nothing."""
+"""`build` copies its parts unchanged for all families and encoders, and leaves no files if it refuses bad input."""
 
 import json
 import shutil
@@ -204,7 +204,7 @@ def test_a_quantized_model_is_refused(role, name, checkpoints, build, tmp_path):
     refuse(build, tmp_path, "quantized is quantized; give the unquantized checkpoint", **{role: folder})
 
 
-def test_other_weights_are_refused(llm, build, tmp_path):
+def test_weights_that_do_not_match_the_configuration_are_refused(llm, build, tmp_path):
     for changed, problem in (
         ({"num_hidden_layers": 1}, r"missing_keys: \S*language_model\.\S*layers\.1\."),
         ({"num_hidden_layers": 3}, r"unexpected_keys: \S*language_model\.\S*layers\.2\."),
@@ -224,7 +224,7 @@ def test_weights_that_are_nan_or_cut_short_are_refused(llm, build, tmp_path):
     refuse(build, tmp_path, r"^--language-model: .*model\.safetensors cannot be read .*; download it again", llm=llm)
 
 
-def test_no_tokenizer_or_one_of_a_larger_vocabulary_is_refused(llm, build, tmp_path):
+def test_a_missing_tokenizer_and_a_tokenizer_with_a_larger_vocabulary_are_refused(llm, build, tmp_path):
     match = r"^--language-model: .* has no tokenizer, or another model's; copy this model's tokenizer\.json"
     small = save_language_model("qwen3", tmp_path / "small", vocab_size=100, pad_token_id=None)
     refuse(build, tmp_path, match, llm=small)

@@ -1,4 +1,4 @@
-"""The table of backbones against full-size models on the meta device."""
+"""Compares the table of backbones with full-size models on the meta device."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The training templates against the language models' chat templates, on tiny and on real vocabularies."""
+"""Compares training templates with the language models' chat templates, on tiny and real vocabularies."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from llamafactory_hera.backbones.build import build_backbone
 
 from .tiny import FAMILIES, REAL, new_tokenizer, real_tokenizer, save_language_model
 
-#: Family, or FAMILY-real -> makes the tokenizer.
+#: Maps FAMILY or FAMILY-real to a function that makes the tokenizer.
 CASES = {family: partial(new_tokenizer, family) for family in FAMILIES}
 CASES |= {f"{family}-real": partial(real_tokenizer, family) for family in REAL}
 N_TOKENS = 16
@@ -49,7 +49,7 @@ def conversation(turns: list, system: str | None = None) -> list[dict[str, str]]
 
 @cache
 def host(template_name: str, folder: Path) -> Any:
-    """The host's data processor for a template and a model."""
+    """Returns the host's data processor for a template and a model."""
     from llamafactory.data.processor import SupervisedDatasetProcessor
     from llamafactory.data.template import get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments
@@ -96,7 +96,7 @@ def test_the_loss_covers_the_answers_and_their_end(built, processor):
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
 
 
-def test_all_ways_to_a_prompt_give_the_start_of_training_with_one_bos(built, processor):
+def test_every_way_to_make_a_prompt_gives_the_start_of_a_training_sample_with_one_bos(built, processor):
     _, tokenizer, backbone = built
     ids, labels = encoded(backbone.template, backbone.folder, TURNS[:1])
     prompt = ids[: labels.index(next(label for label in labels if label != -100))]

@@ -20,7 +20,7 @@ CORPUS = [
     "A dog runs over the grass.\nTwo people sit on a bench.\n\nHow many wheels does it have? Four, and a spare one.",
 ]
 
-#: The chat templates of language models by family, and of finished VLMs by key.
+#: The chat templates of language models by family, and of existing VLMs by key.
 CHAT_TEMPLATES = yaml.safe_load(Path(__file__).with_name("chat_templates.yaml").read_bytes())
 _CHAT = CHAT_TEMPLATES["language_models"]
 
@@ -122,7 +122,7 @@ def save_language_model(family: str, folder: Path, tokenizer: Any = None, **chan
     torch.manual_seed(7)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():
-        for parameter in model.parameters():  # a test cannot notice a missing norm of ones or bias of zeros
+        for parameter in model.parameters():  # no test could notice a missing norm of ones or bias of zeros
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

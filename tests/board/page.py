@@ -7,8 +7,8 @@ from typing import Any
 
 from playwright.sync_api import Locator, Page, TimeoutError, expect
 
-#: Timeouts in milliseconds: for an answer of the page, which takes less than one second on an idle machine, and for a
-#: process from its start to its end, which takes about ten seconds.
+#: Timeouts in milliseconds: for a response of the page, which takes less than one second on an idle machine, and for a
+#: complete process, which takes about ten seconds.
 QUICK, SLOW = 90_000, 240_000
 expect.set_options(timeout=QUICK)
 
@@ -16,7 +16,7 @@ _EXTRA = {"use_cpu": True, "logging_steps": 1, "overwrite_cache": True, "preproc
 
 
 class BoardPage:
-    """A loaded page of Playwright, and the uncaught errors of its scripts."""
+    """A loaded Playwright page, and the uncaught errors of its scripts."""
 
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
@@ -47,7 +47,7 @@ class BoardPage:
         for timeout in (5_000, 5_000, QUICK):
             self.field(label).click()
             self.field(label).fill(option)
-            with suppress(TimeoutError):  # an answer of the server may close the list at this moment
+            with suppress(TimeoutError):  # a response of the server may close the list at this moment
                 return self.page.get_by_role("option", name=option, exact=True).first.click(timeout=timeout)
         raise AssertionError(f"{label} does not offer {option}")
 

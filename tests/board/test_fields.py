@@ -69,7 +69,7 @@ def hera_line(step: int, shift: float = 0.0) -> dict[str, Any]:
 
 
 def raw_curve(axes: Axes) -> dict[float, float]:
-    """Returns the curve before smoothing, which is drawn first; its steps must grow."""
+    """Returns the unsmoothed curve, which is drawn first, and checks that its steps increase."""
     steps, values = map(np.ndarray.tolist, axes.get_lines()[0].get_data())
     assert steps == sorted(set(steps))
     return dict(zip(steps, values, strict=True))
@@ -89,7 +89,7 @@ def test_both_losses_and_mknn_have_labeled_axes_and_chance_varies():
     assert list(alignment.get_lines()[-1].get_ydata()) == [1 / step for step in range(1, 21)]
 
 
-def test_steps_that_a_resumed_run_repeats_replace_the_first():
+def test_steps_that_a_resumed_run_repeats_replace_the_original_steps():
     first = [hera_line(step) for step in range(1, 13)]
     again = [hera_line(step, shift=1.0) for step in range(11, 21)]
     for end_of_first in ([], [line(12, train_loss=1.0)]):

@@ -30,7 +30,7 @@ def test_the_keys_of_a_run_are_sent_and_saved(page):
     assert (command["hera_heads"], command["hera_max_nan"]) == ("auto", "3")
     assert command["template"] == "llava_qwen3"
     assert command["freeze_vision_tower"] == "True"  # sent for multimodal models only
-    # the host sends nothing that is empty
+    # the host does not send empty fields
     sent = FIELDS.keys() - {"hera_teacher_cache"}
     assert {key for key in command if key.startswith("hera_")} == sent | {"hera_max_nan"}
     page.name("Config path", "saved.yaml")
@@ -47,7 +47,7 @@ def test_the_keys_of_a_run_are_sent_and_saved(page):
     assert not FIELDS.keys() & page.command(stage="sft").keys()
 
 
-def test_a_run_from_start_to_report(page, board, monkeypatch):
+def test_a_run_shows_its_progress_its_scores_its_commands_and_its_report(page, board, monkeypatch):
     monkeypatch.chdir(board.folder)
     page.describe_run("trained", Selection_samples=96, **{"Neighbors_(k)": 3}, extra={"max_steps": 12})
     page.press("Start")

@@ -128,7 +128,7 @@ def test_anchors_are_the_most_similar_candidates(name, rho):
 
 
 @pytest.mark.parametrize("k, trim, cut", [(3, 0.1, 0), (3, 0.34, 1), (10, 0.1, 1), (10, 0.25, 2), (1, 0.4, 0)])
-def test_a_trimmed_mean_drops_both_ends_of_every_element(k, trim, cut):
+def test_a_trimmed_mean_drops_the_extremes_of_every_element(k, trim, cut):
     stack = torch.randn(k, 2, 3)
     kept = np.sort(stack.numpy(), axis=0)[cut : k - cut]
     assert np.allclose(trimmed_mean(stack, trim), kept.mean(axis=0), rtol=1e-5, atol=1e-7)

@@ -109,7 +109,7 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 
 def loss_with(model: nn.Module, batch: dict[str, Any], layer: int, head: int, gate: float) -> torch.Tensor:
-    """The loss of a copy of the model whose output projection is multiplied by the gate."""
+    """Returns the loss of a copy of the model in which the gate multiplies one head's output columns."""
     changed = copy.deepcopy(model)
     width = head_layout(changed.config).head_dim
     with torch.no_grad():

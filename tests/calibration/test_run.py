@@ -34,7 +34,7 @@ OTHERS = {"calibration.json", "calibration.png", "calibration_profile.safetensor
 
 @pytest.fixture(autouse=True)
 def _quick_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the plot, which takes longer than everything else; test_report.py tests it."""
+    """Replaces the plot, which takes longer than everything else; only the last test draws it."""
     monkeypatch.setattr(running, "draw_calibration", lambda report, path: path.write_bytes(b"llamafactory-hera"))
 
 
@@ -201,7 +201,7 @@ def test_maps_show_the_scores_and_every_mark_is_on_its_head(tmp_path, monkeypatc
     for axes, name in zip(made.axes, ("caf", "isal"), strict=False):
         assert np.array_equal(axes.images[0].get_array(), content[name])
         marks = [{tuple(place) for place in group.get_offsets()} for group in axes.collections]
-        assert marks == [{(31, 0)}, {(5, 2)}, {(2, 0), (7, 1)}]  # x is the head, y the layer
+        assert marks == [{(31, 0)}, {(5, 2)}, {(2, 0), (7, 1)}]  # x is the head, and y is the layer
     labels = [text.get_text() for text in made.legends[0].get_texts()]
     assert labels == ["chosen, calibrated (1)", "chosen, not changed (1)", "anchor (2)"]
     low, high = made.axes[1].images[0].get_clim()

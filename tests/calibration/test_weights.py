@@ -18,7 +18,7 @@ from llamafactory_hera.heads.families import decoder_layers
 from tests.calibration.tiny import calibration_model, collate, features, random_profile
 from tests.tiny_models import VLMS, same, snapshot, vlm, vlm_batch
 
-#: Layers that differ in their heads, and also fused or latent value projections.
+#: Models whose layers differ in their heads; UNFIT adds models with fused or latent value projections.
 MIXED = {"qwen3_5", "qwen3_5_moe", "gemma4", "minicpmv4_6"}
 UNFIT = MIXED | {"llava-phi3", "llava-mistral4", "llava-deepseek_v3", "kimi_k25"}
 
@@ -36,7 +36,7 @@ def test_the_slices_of_a_head_make_its_output(name):
     output.register_forward_pre_hook(lambda _, inputs: seen.update(heads=inputs[0]))
     output.register_forward_hook(lambda _, __, rows: seen.update(out=rows))
     with torch.no_grad():
-        if hasattr(attention, "sinks"):  # the sinks of gpt-oss take a part of the attention
+        if hasattr(attention, "sinks"):  # the sinks of gpt-oss absorb a part of the attention
             attention.sinks.fill_(-1e4)
         for projection in (value, output):
             if projection.bias is not None:

@@ -1,4 +1,4 @@
-"""The code of the pages runs, their imports work, and their relative links lead to existing files."""
+"""The code in the pages runs, their imports work, and their relative links lead to existing files."""
 
 import re
 from pathlib import Path
@@ -32,7 +32,7 @@ def code_of(page: str, longest: int = 29) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Defines the names that the pages assume; their teacher is a tiny one in the working directory."""
+    """Defines the names that the pages' code uses; its teacher is a tiny model in the working directory."""
     (tmp_path / "facebook").mkdir()
     (tmp_path / "facebook/dinov2-large").symlink_to(teacher_folder())
     monkeypatch.chdir(tmp_path)
@@ -82,7 +82,7 @@ def test_the_trainer_the_mixin_and_the_loop_train(names, capsys):
 
 def test_a_dataset_that_drops_its_images_keeps_them_for_the_teacher(names):
     class LazySupervisedDataset(torch.utils.data.Dataset):
-        """A stand-in with the methods of QwenLM's dataset, whose rows are encoded and have no images."""
+        """A stand-in for QwenLM's dataset, whose encoded rows have no images."""
 
         def __init__(self, processor: list, data_args: str) -> None:
             self.rows = [{**row, "image": f"{n}.png", "data_path": data_args} for n, row in enumerate(processor)]

@@ -18,7 +18,7 @@ LORA = {"finetuning_type": "lora", "lora_target": "all", "additional_target": "m
 
 @pytest.fixture(scope="session")
 def command(server: HostServer, world: Path) -> Command:
-    """Runs ``llamafactory-hera`` in the folder of the demo, and returns its exit code and its output."""
+    """Runs ``llamafactory-hera`` in the demo's folder, and returns its exit code and its output."""
     return partial(server.command, cwd=world)
 
 
@@ -39,7 +39,7 @@ def train(
     name, numbers = re.sub(r"[^a-z0-9]+", "_", request.node.name.lower()), count()
 
     def train(*changes: dict[str, Any], ok: bool = True, ranks: int = 1, **options: Any) -> Run:
-        """Trains with the changed recipe, in which None removes a key, and checks whether the run succeeds."""
+        """Trains with changes to the recipe (None removes a key), and checks whether the run succeeds."""
         args = recipe | {"output_dir": f"saves/{name}_{next(numbers)}"}
         args |= {"ddp_backend": "gloo"} if ranks > 1 else {}
         for change in changes:

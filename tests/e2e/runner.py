@@ -19,7 +19,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_TH
 
 
 def free_port() -> int:
-    """Finds a free TCP port of 127.0.0.1."""
+    """Finds a free TCP port on 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -122,7 +122,7 @@ class HostServer:
 
 
 def run_command(command: list[str], cwd: Path, timeout: float = 180, **env: str) -> Output:
-    """Runs a command without input, kills its group after a timeout, and returns exit code (then 124) and output."""
+    """Runs a command without input; returns its exit code (124 if a timeout killed its group) and its output."""
     process = subprocess.Popen(
         command,
         cwd=cwd,
@@ -150,13 +150,13 @@ def write_recipe(path: Path, args: dict[str, Any]) -> Path:
 
 
 def write_dataset(folder: Path, rows: list[dict[str, Any]], **entry: Any) -> None:
-    """Writes the dataset ``rows``, and its entry in LLaMA-Factory's ``dataset_info.json``."""
+    """Writes the ``rows`` dataset, and its entry in LLaMA-Factory's ``dataset_info.json``."""
     (folder / "rows.json").write_text(json.dumps(rows))
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json", **entry}}))
 
 
 class FileRuns:
-    """Runs a host's command on ``config.yaml``; with ``keys``, it trains for 4 steps and saves two checkpoints."""
+    """Runs a host's command on ``config.yaml``; the ``keys`` make it train for 4 steps and save two checkpoints."""
 
     def __init__(self, keys: dict[str, Any], module: str, *arguments: str) -> None:
         self._keys, self._command = keys, [sys.executable, "-m", module, *arguments]

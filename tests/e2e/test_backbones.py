@@ -1,4 +1,4 @@
-"""Recipes of every model family, as they are except for paths and sizes, train tiny models in the real host."""
+"""Recipes of every model family, with only paths and sizes changed, train tiny models in the real host."""
 
 import json
 import math
@@ -26,9 +26,9 @@ from .runner import ROOT, HostServer, Run
 pytestmark = pytest.mark.slow
 
 N_IMAGES = 14
-#: A language model of each family, and the tiny one that replaces it.
+#: A language model of each family, and the tiny model that replaces it.
 LLMS = {"qwen2_5_3b": "qwen2_5", "qwen3_8b": "qwen3_hybrid", "vicuna_7b": "vicuna", "llama3_8b": "llama3"}
-#: Every finished VLM, alternately with full fine-tuning and LoRA.
+#: Every existing VLM, alternately with full fine-tuning and LoRA.
 NATIVE = [f"{key}_{('hera', 'hera_lora')[i % 2]}" for i, key in enumerate(NATIVE_MODELS)]
 SHORT = {
     "max_steps": 2,
@@ -57,7 +57,7 @@ EXAMPLE = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which recipes run: captions, instructions and a text-only conversation, a teacher, and a tower."""
+    """A folder to run recipes in: captions, instructions, a text-only conversation, a teacher, and a tower."""
     root, draw = tmp_path_factory.mktemp("root"), random.Random(0)
     save_tower("dinov2", root / "teacher")
     save_tower("siglip", root / "tower")
@@ -122,7 +122,7 @@ def check(run: Run, hera: bool = True) -> None:
 
 
 def trained(before: Path, after: Path) -> set[str]:
-    """Lists the tensors that a run has changed, or those of its adapter."""
+    """Returns the names of the tensors that a run has changed, or of the tensors in its adapter."""
     if (after / "adapter_model.safetensors").exists():
         return set(load_file(after / "adapter_model.safetensors"))
     # Compares loaded models, because the names in the files depend on the version of transformers.
@@ -178,7 +178,7 @@ def test_the_recipes_of_baselines_outside_the_paper_run_too(root, stage_one, ser
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_finished_vlms_select_their_heads_and_train(name, root, server):
+def test_existing_vlms_select_their_heads_and_train(name, root, server):
     key = name.split("_hera")[0]
     save_once(key, root)
     run = train(name, root, server, model_name_or_path=f"native_{key}")
@@ -204,7 +204,7 @@ def test_the_examples_of_llama_factory_need_two_keys(key, template, root, server
     assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
-def test_qlora_trains_on_one_gpu(root, server):
+def test_the_qlora_recipe_trains_only_an_adapter(root, server):
     save_once("qwen2_5_vl_7b", root)
     run = train("qwen2_5_vl_7b_hera_qlora", root, server, model_name_or_path="native_qwen2_5_vl_7b")
     check(run)

@@ -67,7 +67,7 @@ def test_the_documented_export_merges_only_the_calibrated_heads(world, server, r
 
 
 @pytest.mark.parametrize("new", [True, False], ids=["new adapter", "same adapter"])
-def test_hera_trains_on_top(world, server, recipe, report, new):
+def test_hera_trains_on_top_of_a_calibration(world, server, recipe, report, new):
     lora = {"finetuning_type": "lora", "adapter_name_or_path": OUTPUT, "create_new_adapter": new, "max_steps": 3}
     lora |= {"lora_rank": 4, "lora_target": "all", "output_dir": f"saves/on_top_{new}"}
     run = server.run(recipe | lora | {"hera_heads": "L1H0,L3H2"}, world)

@@ -55,7 +55,7 @@ def _run(train: Callable[..., Run], env: dict[str, str], *args: dict[str, Any]) 
 
 @pytest.mark.parametrize(("tuning", "engines"), [({}, ("zero2", "zero3")), (LORA, ("zero3",))], ids=["full", "lora"])
 def test_engines_give_equal_losses(train, world, extensions, tuning, engines):
-    if tuning:  # a new adapter draws other random numbers under ZeRO-3, so all engines load one
+    if tuning:  # under ZeRO-3, a new adapter draws other random numbers, so all engines load the same one
         tuning = tuning | {"adapter_name_or_path": str(train(tuning, {"max_steps": 1}).folder)}
     ddp, *others = (
         _run(train, extensions, tuning, keys_of(name, world), {"max_steps": 3}).logs() for name in ("DDP", *engines)
@@ -68,7 +68,7 @@ def test_engines_give_equal_losses(train, world, extensions, tuning, engines):
             assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-# Not DDP: on a CPU torch.load refuses the Trainer's map_location ("tagged with cpu:0"), with and without HeRA.
+# DDP cannot resume on a CPU, even without HeRA: torch.load refuses the Trainer's map_location ("tagged with cpu:0").
 def test_zero3_resumes_weights_temperature_and_memory(train, world, extensions):
     args = keys_of("zero3", world) | {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = _run(train, extensions, args)

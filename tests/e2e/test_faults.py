@@ -18,7 +18,7 @@ from .runner import Run
 pytestmark = pytest.mark.slow
 
 HEAD_DIM = 16  # of the demo model
-#: Twelve steps with a memory, saved after every fourth, so that a test can act between two saves.
+#: Twelve steps with a memory and a checkpoint after every fourth, so that a test can act between two checkpoints.
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 12, "overwrite_output_dir": False}
 SAVING |= {"per_device_train_batch_size": 4, "hera_memory": 16}
 
@@ -29,7 +29,7 @@ def _steps_logged(folder: Path) -> int:
 
 
 def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[[], None]) -> Run:
-    """Starts a run, and acts once as soon as it is ready."""
+    """Starts a run, and calls ``act`` once ``ready`` returns True."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run)
         while not future.done():
@@ -40,7 +40,7 @@ def _meanwhile(run: Callable[[], Run], ready: Callable[[], bool], act: Callable[
         return future.result()
 
 
-def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_one(train, world):
+def test_a_run_killed_at_a_random_step_resumes_to_the_weights_of_an_undisturbed_run(train, world):
     undisturbed = train(SAVING)
     step = random.SystemRandom().choice([4, 5, 8, 9])
     folder = world / f"saves/killed_{step}"
@@ -83,7 +83,7 @@ def test_a_term_that_stays_non_finite_stops_every_rank_and_names_the_head(train,
     shutil.copytree(world / "hera_demo/model", folder)
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("layers.1.self_attn.o_proj.weight"))
-    weights[name][:, :HEAD_DIM] *= 1e20  # the dot products of L1H0 overflow, and nothing else does
+    weights[name][:, :HEAD_DIM] *= 1e20  # only the dot products of L1H0 overflow
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     args = {"model_name_or_path": str(folder), "hera_similarity": "dot", "hera_max_nan": 2}
     run = train(args, ok=False, ranks=2)
@@ -101,7 +101,7 @@ def weightless(world: Path) -> str:
     return str(folder)
 
 
-#: Case -> a change of the recipe, and parts of the message.
+#: Case -> a change to the recipe, and parts of the message.
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no teacher": ({"hera_teacher": "./no_teacher"}, ["hera_teacher: ./no_teacher"]),
     "a text-only model": ({"model_name_or_path": "hera_demo/language_model"}, ["model_name_or_path", "text-only"]),

@@ -20,7 +20,7 @@ ROSS = {**LAYER, "hera_objective": "tests.training.test_tokens:SmallRoss", "hera
 ROSS |= {"hera_teacher": autoencoder_folder(), "hera_teacher_cache": None, "hera_objective_lr": 1e-3}
 FIVE = "L1H0,L1H3,L2H5,L3H2,L3H7"
 AGREEMENT = {"hera_mknn", "hera_mknn_chance"}
-#: Case -> a change of the recipe, the aligned heads or layers, the saved parameters, and the logged values.
+#: Case -> a change to the recipe, the aligned heads or layers, the saved parameters, and the logged values.
 CASES: dict[str, tuple[dict[str, Any], str, set[str], set[str]]] = {
     "feature": ({"hera_objective": "feature"}, FIVE, {"projectors"}, set()),
     "cka": (LORA | LAYER | {"hera_objective": "cka", "hera_layers": "penultimate"}, "L3", set(), AGREEMENT),
@@ -32,7 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], str, set[str], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_equals_a_straight_one_and_leaves_a_plain_model(train, world, case):
+def test_a_resumed_run_equals_an_uninterrupted_run_and_leaves_a_plain_model(train, world, case):
     change, targets, parameters, logged = CASES[case]
     saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 6}
     whole = train(change, saving, {"plot_loss": True})

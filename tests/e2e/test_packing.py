@@ -47,7 +47,7 @@ def _sample(images: list[int], answer: str, videos: list[int]) -> Row:
 
 
 def _packed_sample(number: int) -> Row:
-    """Makes a sample with one image, two, or none, and a unique answer; lengths vary."""
+    """Makes a sample with up to two images and a unique answer; lengths vary."""
     images = [[], [number], [number], [number, (number + 1) % 12]][number % 4]
     return _sample(images, f"It is {'very ' * (number if images else number + 6)}small.", [])
 
@@ -99,7 +99,7 @@ class Host:
         ]
 
     def collator(self, model: nn.Module, aligner: Aligner, attention: str | None) -> Callable[[list[Row]], Row]:
-        """Wraps the host's collator in HeRA's; if an attention is given, the host's collator packs rows."""
+        """Wraps the host's collator in HeRA's; if ``attention`` is given, the host's collator packs rows."""
         packed = attention is not None
         kinds = {"block_diag_attn": packed, "neat_packing": packed, "attn_implementation": attention or "sdpa"}
         common = {"template": self.template, "pad_to_multiple_of": 8, "label_pad_token_id": -100}
@@ -167,7 +167,7 @@ FLASH = "flash_attention_2"
         (FLASH, True, True, LAYER),
     ],
 )
-def test_packed_samples_have_the_values_of_unpacked_ones(host, attention, lora, reentrant, keys):
+def test_packed_samples_have_the_values_of_unpacked_samples(host, attention, lora, reentrant, keys):
     model: Any = AutoModelForImageTextToText.from_pretrained(host.folder, dtype=torch.float32).train()
     if lora:
         targets = r".*language_model.*\.(q|v|o)_proj"
@@ -221,7 +221,7 @@ PACKED = {"neat_packing": True, "cutoff_len": 640, "max_steps": 2}
 AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 
-def test_a_packed_run_selects_the_heads_of_an_unpacked_one_on_any_number_of_processes(train):
+def test_a_packed_run_selects_the_heads_of_an_unpacked_run_on_any_number_of_processes(train):
     alone = train(AUTO, {"max_steps": 1})
     one = train(PACKED, AUTO, {"per_device_train_batch_size": 2})
     two = train(PACKED, AUTO, {"per_device_train_batch_size": 1}, ranks=2)
@@ -241,14 +241,14 @@ def test_a_packed_run_accumulates_and_remembers_samples(train, accumulate, ranks
     assert run.logs()[1]["hera_loss"] > 0
 
 
-def test_only_samples_with_an_image_enter_and_duplicates_are_not_neighbors(train, root):
+def test_only_samples_with_an_image_enter_the_term_and_duplicates_are_not_neighbors(train, root):
     args = {"model_name_or_path": "qwen2_5_vl_7b", "template": "qwen2_vl", "cutoff_len": 512, "max_steps": 2}
     args |= {"dataset": "rows", "dataset_dir": "mixed", "media_dir": ".", "per_device_train_batch_size": len(IMAGES)}
     args |= {"hera_heads": "L0H1,L1H0", "hera_teacher": "teacher", "hera_teacher_cache": None, "hera_k": 2}
     run = train(args, cwd=root)
     first = [images[0] for images in IMAGES if images]
     candidates = [sum(other != image for other in first) for image in first]
-    chance = sum(min(2, n // 2) / n for n in candidates) / len(first)  # at most half of them are neighbors
+    chance = sum(min(2, n // 2) / n for n in candidates) / len(first)  # at most half of the candidates are neighbors
     copies = sum(first[i] == first[j] for i in range(len(first)) for j in range(i))
     for line in run.logs():
         assert line["hera_duplicates"] == copies == 3

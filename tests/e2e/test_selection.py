@@ -21,7 +21,7 @@ AUTO = {"hera_heads": "auto", "hera_select_samples": 64, "hera_select_k": 8}
 
 @pytest.fixture
 def path(here: Path, recipe: dict[str, Any], request: pytest.FixtureRequest) -> Path:
-    """A recipe without heads."""
+    """Writes a recipe that selects its heads (``auto``), and returns its path."""
     name = "".join(letter if letter.isalnum() else "_" for letter in request.node.name)
     return write_recipe(here / f"{name}.yaml", recipe | AUTO | {"output_dir": f"saves/{name}"})
 

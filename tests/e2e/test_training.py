@@ -35,7 +35,7 @@ def test_curves_and_messages_reach_every_log(train, recipe, world):
     first = run.logs()[0]
     assert first["loss"] == pytest.approx(first["lm_loss"] + recipe["hera_weight"] * first["hera_loss"], rel=1e-6)
     heads = "HeRA | heads: L1H0,L1H3,L2H5,L3H2,L3H7"
-    assert run.output.count(heads) == 1  # in the format of the host, once
+    assert run.output.count(heads) == 1  # once, in the host's format
     assert (world / "board/running_log.txt").read_text().count(heads) == 1
 
 
@@ -94,7 +94,7 @@ def test_without_the_plugin_sft_is_bit_identical_and_hera_models_load(train, pla
     settings = {
         "model_name_or_path": "hera_demo/model",
         "adapter_name_or_path": str(adapter),
-        "template": "qwen3_nothink",  # one of the host's
+        "template": "qwen3_nothink",  # one of the host's templates
         "finetuning_type": "lora",
         "trust_remote_code": False,
     }

@@ -22,7 +22,7 @@ from llamafactory_hera.config import HeraConfig
 from llamafactory_hera.integrations.llamafactory_v1 import HeraV1Trainer, run
 
 pytestmark = pytest.mark.slow
-# Under torchrun, the engine synchronizes with an accelerator, and a CPU has none. This script skips that call.
+# Under torchrun, the engine synchronizes with an accelerator, which a CPU does not have. This script skips that call.
 ON_CPU = """import runpy, torch
 torch.accelerator.synchronize = lambda: None
 runpy.run_module("llamafactory_hera.integrations.llamafactory_v1", run_name="__main__")
@@ -32,7 +32,7 @@ HERA = {"hera_heads": "L1H0,L2H5", "hera_teacher": "hera_demo/teacher", "hera_k"
 
 @pytest.fixture(scope="module")
 def recipe(world: Path) -> dict[str, Any]:
-    """A recipe of the engine, on the first turn of each conversation of the demo."""
+    """A recipe for the engine, with the first turn of each conversation in the demo."""
     rows = []
     for row in json.loads((world / "hera_demo/data/demo_train.json").read_text()):
         question, answer = (message["content"] for message in row["messages"][:2])

@@ -29,7 +29,7 @@ TAU = "log_temperature"
 #: Weights of the LM loss and of the HeRA term. The LM loss is multiplied by 0, not left out: DDP needs every
 #: parameter in the graph.
 LOSSES = {"both": (1.0, 0.1), "hera": (0.0, 1.0)}
-#: The type of the parameters and the type of the products, by precision.
+#: The dtypes of the parameters and of the matrix products, by precision.
 PRECISIONS = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -127,7 +127,7 @@ def take_objective_gradients(aligner: Aligner) -> dict[str, Tensor]:
 def reference(
     model: nn.Module, batch: Batch, objective: str = "contrastive", targets: str = HEADS, precision: str = "fp32"
 ) -> dict[str, dict[str, Tensor]]:
-    """Returns gradients by loss and parameter name, on one process with the global batch."""
+    """Returns the gradients of one process with the global batch, by loss and parameter name."""
     aligner = aligner_of(model, objective, targets)
     found = {}
     for name, weights in LOSSES.items():
@@ -154,7 +154,7 @@ def gradients(
     targets: str = HEADS,
     precision: str = "fp32",
 ) -> Gradients:
-    """Returns unsharded gradients through an engine; ranks other than 0 return only those of the objective."""
+    """Returns an engine's unsharded gradients; ranks other than 0 return only the objective's gradients."""
     model = build(tuning, checkpointing, dtype=PRECISIONS[precision][0])
     aligner = aligner_of(model, objective, targets)
     engine = ENGINES[engine_name](model, n_micro)

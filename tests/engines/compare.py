@@ -9,7 +9,7 @@ from .tiny import HEADS, batches, build
 
 BOUND = 1e-5
 #: A reference below this share of the model's largest gradient is zero except for rounding, like the HeRA gradient of
-#: o_proj's bias. Its error is relative to the largest gradient of the model.
+#: o_proj's bias. The error of such a reference is relative to the model's largest gradient.
 ZERO = 1e-6
 #: The same two values for bf16 and autocast, where numbers have only eight significant bits.
 HALF_BOUND, HALF_ZERO = 0.1, 2e-2
@@ -19,7 +19,7 @@ HALF_BOUND, HALF_ZERO = 0.1, 2e-2
 def expected_gradients(
     tuning: str, data: str, objective: str = "contrastive", targets: str = HEADS, precision: str = "fp32"
 ) -> dict[str, dict[str, Tensor]]:
-    """Returns gradients of one process with the global batch, without checkpointing, by loss and parameter name."""
+    """Returns the gradients of one process with the global batch and no checkpointing, by loss and parameter name."""
     model = build(tuning, "off", dtype=PRECISIONS[precision][0])
     return reference(model, batches(data)[0], objective, targets, precision)
 

@@ -1,4 +1,4 @@
-"""Fixtures: the two processes that all tests share, and the errors that they measure."""
+"""Fixtures: the two processes that all tests share, and the errors that the tests measure."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Wraps models in the engines by their own APIs, runs backward passes, and reads unsharded gradients."""
+"""Wraps models with the engines' own APIs, runs backward passes, and reads unsharded gradients."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Engine:
-    """A wrapped model, which ``forward`` runs, accumulates the gradients of ``n_micro`` backward passes."""
+    """Wraps a model, which ``forward`` runs, and accumulates the gradients of ``n_micro`` backward passes."""
 
     model: nn.Module
     forward: Callable[..., object]

@@ -35,9 +35,9 @@ def test_gradients_equal_those_of_one_process(
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 @pytest.mark.parametrize("engine", [name for name in ENGINE_NAMES if name != "DDP, static"])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_half_precision_only_rounds(workers: WorkerPair, engine: str, tuning: str, precision: str) -> None:
+def test_half_precision_only_rounds_gradients(workers: WorkerPair, engine: str, tuning: str, precision: str) -> None:
     if (engine, tuning, precision) == ("FSDP1", "lora", "bf16"):
-        pytest.skip("FSDP1 cannot show gradients in bf16 of a layer with frozen parameters")
+        pytest.skip("FSDP1 cannot return the bf16 gradients of a layer with frozen parameters")
     expected = expected_gradients(tuning, "images", precision=precision)
     for checkpointing in CHECKPOINTING:
         found = workers.run(gradients, engine, tuning, checkpointing, ("images",), 1, "contrastive", HEADS, precision)
@@ -56,8 +56,8 @@ def test_reference_depends_on_hera_if_there_are_images(tuning: str) -> None:
 
 @pytest.mark.parametrize(("data", "n_micro"), [("uneven", 1), ("packed", 1), ("packed", 2)])
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
-def test_ranks_with_batches_of_different_size(workers: WorkerPair, engine: str, data: str, n_micro: int) -> None:
-    # each rank's LM loss has equal weight regardless of its size, so only the HeRA term equals the global batch's
+def test_uneven_ranks_give_the_global_hera_gradient(workers: WorkerPair, engine: str, data: str, n_micro: int) -> None:
+    # every rank's LM loss has the same weight whatever its size, so only the HeRA term equals the global batch's
     expected = expected_gradients("full", data)
     found = workers.run(gradients, engine, "full", "off", (data,), n_micro)
     assert relative_error(found[0][data]["hera"], expected["hera"]) <= BOUND

@@ -1,4 +1,4 @@
-"""Every objective on heads or layers has, on every engine, the gradients of one process with the whole batch."""
+"""On every engine, every objective on heads or layers has the gradients of one process with the global batch."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 LAYERS = "L1,L2"
 ENGINES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
-#: Objective, targets, checkpointing. Under checkpointing, the outputs of layers carry gradients only outside of it.
+#: Objective, targets, checkpointing. A checkpointed layer's output carries gradients only outside the checkpoint.
 CASES = {
     "feature, heads": ("feature", HEADS, "reentrant"),
     "feature, heads, no checkpointing": ("feature", HEADS, "off"),
@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-#: Full fine-tuning on every engine, and LoRA on the two that differ most. LoRA is omitted for layers without
+#: Full fine-tuning on every engine, and LoRA on the two engines that differ most. LoRA is omitted for layers without
 #: checkpointing, because reading a layer does not depend on adapters inside it.
 CELLS = [(case, "full", engine) for case in CASES for engine in ENGINES[: 1 if "no checkpointing" in case else 4]]
 ADAPTED = [case for case, (_, targets, kind) in CASES.items() if "H" in targets or kind != "off"]
@@ -49,7 +49,7 @@ def test_gradients_equal_those_of_one_process(workers: WorkerPair, engine: str, 
 
 
 @pytest.mark.parametrize("case", ["feature, heads", "ross", "jarvis"])
-def test_in_4_bit(workers: WorkerPair, case: str) -> None:
+def test_gradients_with_4_bit_weights_equal_those_of_one_process(workers: WorkerPair, case: str) -> None:
     test_gradients_equal_those_of_one_process(workers, "DDP", "qlora", case)
 
 

@@ -1,4 +1,4 @@
-"""A tiny LLaVA (Qwen3 text, SigLIP vision) in every tuning type, and global batches for two ranks."""
+"""A tiny LLaVA (Qwen3 text, SigLIP vision) for every tuning type, and global batches for two ranks."""
 
 import tempfile
 from collections.abc import Callable
@@ -95,7 +95,7 @@ def _with_adapter(model: nn.Module, tuning: str, dropout: float) -> nn.Module:
 
 
 def build(tuning: str, checkpointing: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Prepares a model like the host, with the same weights on every rank; ``dropout`` is that of the adapter."""
+    """Prepares a model as the host does, with the same weights on every rank; ``dropout`` is the adapter's."""
     model = _quantized_model() if tuning == "qlora" else _new_model()
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -132,7 +132,7 @@ def _row(generator: torch.Generator, with_image: bool) -> tuple[list[int], list[
 
     length = int(torch.randint(0, 4, (), generator=generator))
     prompt = [IMAGE_TOKEN] * (N_PATCHES * with_image) + words(PROMPT + length)
-    answer = words(ANSWER)  # all answers have one length, so the mean of the ranks' losses is the mean over the batch
+    answer = words(ANSWER)  # all answers are equally long, so the mean of the ranks' losses is the mean over the batch
     return prompt + answer, [-100] * len(prompt) + answer
 
 
@@ -169,7 +169,7 @@ def _batch(rows: list[tuple[list[int], list[int]]], images: Tensor, pixels: Tens
 
 
 def _packed(batch: Batch) -> Batch:
-    """Joins the samples of a batch in one row, in which they do not attend to each other."""
+    """Joins the samples of a batch in one row, with a mask that keeps them from attending to each other."""
     kept = batch.inputs["attention_mask"].bool()
     number, positions = kept.nonzero().T
     seen = (number == number.unsqueeze(1)) & torch.ones(len(number), len(number)).tril().bool()

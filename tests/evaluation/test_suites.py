@@ -150,7 +150,7 @@ def test_a_resample_is_scored_like_a_list_of_its_records(monkeypatch, name, reco
 
 
 def test_differences_are_paired_with_the_first_model(tmp_path):
-    """Equal answers give no difference; with 3 of 40 more right, the interval contains 7.5 but not 25."""
+    """Equal answers give no difference; with 3 of 40 more answers right, the interval contains 7.5 but not 25."""
     for name, right in (("before", 20), ("same", 20), ("more", 23)):
         put(tmp_path / name, "gqa", share(right, 40))
     write(tmp_path, "paper", "before", "same", "more")
@@ -159,12 +159,12 @@ def test_differences_are_paired_with_the_first_model(tmp_path):
     middle, low, high = found["more"]
     assert middle == pytest.approx(7.5)
     assert 0 <= low < 7.5 < high < 25
-    put(tmp_path / "more", "gqa", [{"right": 1, "group": i} for i in range(40)])  # other groups cannot be paired
+    put(tmp_path / "more", "gqa", [{"right": 1, "group": i} for i in range(40)])  # different groups cannot be paired
     write(tmp_path, "paper", "before", "same", "more")
     assert set(rows_of(tmp_path / "paper.json")["gqa"]["differences"]) == {"same"}
 
 
-def test_a_row_of_a_category_counts_its_own_samples(tmp_path):
+def test_a_row_of_a_category_counts_only_its_own_samples(tmp_path):
     records = [{"right": 1, "category": "shape" if i < 3 else "size"} for i in range(10)]
     put(tmp_path / "one", "demo_questions", records)
     page, *_ = write(tmp_path, "demo", "one")

@@ -95,7 +95,7 @@ def test_answers_equal_direct_generation_with_the_makers_prompts(key, tmp_path):
 
 @pytest.mark.parametrize("given, text", [
     ("I|A", "<image>\nA"),
-    ("A|I|B", "<image>\nA B"),  # a blank instead of the image
+    ("A|I|B", "<image>\nA B"),  # a space instead of the image
     ("A |I|I|B", "<image>\n<image>\nA B"),
     (" A", " A"),
     ("I|<image>A", "<image>\nA"),  # a literal image token would need an image
@@ -169,7 +169,7 @@ def test_answers_are_reused_if_nothing_has_changed(folder, tmp_path):
     expected = ask(HeraVLM(str(folder), answers=str(path)), DOCUMENTS)
     complete = lines_of(path)
     text = path.read_text()
-    path.write_text('1\n[]\n{"key": 1} \n' + text[: text.rindex('"answer"')])  # killed while it wrote the last line
+    path.write_text('1\n[]\n{"key": 1} \n' + text[: text.rindex('"answer"')])  # killed while writing the last line
     resumed = HeraVLM(str(folder), answers=str(path))
     assert ask(resumed, DOCUMENTS) == expected
     assert lines_of(path) == complete
@@ -209,7 +209,7 @@ def test_incomplete_models_are_refused(folder, tmp_path):
         HeraVLM(str(tmp_path / "torn"))
 
 
-def test_the_digest_changes_with_what_affects_answers(folder, tmp_path):
+def test_the_digest_depends_only_on_files_that_affect_answers(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     digests = [weights_digest([folder])]
     for name in ("README.md", "model.safetensors", "chat_template.jinja"):

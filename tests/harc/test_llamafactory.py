@@ -28,7 +28,7 @@ ENV = {"CUDA_VISIBLE_DEVICES": ""}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny model, and its rows in one dataset with a column, and in four that are named."""
+    """A folder with the tiny model and its rows, in one dataset with a ``kind`` column and in four named by kind."""
     place = tmp_path_factory.mktemp("harc")
     tiny.chat_model().save_pretrained(place / "model")
     tiny.tokenizer().save_pretrained(place / "model")
@@ -50,7 +50,7 @@ def _samples(place: Path, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> Any:
 
     monkeypatch.chdir(place)
     host = host_arguments(RECIPE | keys)
-    host.model.enable_liger_kernel = keys.get("dataset") == "liger"  # the parser asks for the package
+    host.model.enable_liger_kernel = keys.get("dataset") == "liger"  # the parser requires the package
     return KindSamples(host, checked(host))
 
 
@@ -75,7 +75,7 @@ def test_the_tail_and_rows_of_the_hosts_template_are_those_of_the_tokenizer(plac
         ({"harc_margn": 0.3}, "harc_margn: no such key; did you mean harc_margin"),
     ],
 )
-def test_a_run_that_does_not_fit_is_refused_before_weights_load(place, monkeypatch, keys, message):
+def test_unsuitable_keys_and_data_are_refused_before_weights_load(place, monkeypatch, keys, message):
     with pytest.raises(ValueError, match=message):
         _samples(place, monkeypatch, **keys).encoded()
 

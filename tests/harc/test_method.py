@@ -1,4 +1,4 @@
-"""The formulas, positions and choices of HARC against references that are written out naively."""
+"""The formulas, positions and choices of HARC compared with naive references."""
 
 import json
 from collections import Counter
@@ -25,7 +25,7 @@ def naive_cosine(a: Tensor, b: Tensor) -> float:
 
 
 def naive_read(model: Any, row: Row, window: int) -> list[Tensor]:
-    """Returns the inputs of the blocks 1 to n - 1 at instruction, prompt and response of an unpadded row."""
+    """Returns the inputs of blocks 1 to n - 1 at the instruction, prompt and response of an unpadded row."""
     with torch.no_grad():
         states = torch.cat(model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states[1:-1])
     places = (row.n_prompt - 1 - len(TAIL), row.n_prompt - 1)
@@ -54,7 +54,7 @@ def test_directions_are_unit_differences_of_means_at_the_inputs_of_blocks(tmp_pa
 def test_layers_are_chosen_by_the_product_of_the_four_cosines():
     directions = torch.nn.functional.normalize(torch.randn(4, 12, 16), dim=-1)
     naive = {}
-    for layer in range(4, 12 - 4 + 1):  # of the layers 0 to 12, the first and the last four are left out
+    for layer in range(4, 12 - 4 + 1):  # of layers 0 to 12, the first four and the last four are left out
         harm, refusal, later_harm, later_refusal = directions[:, layer - 1]
         naive[layer] = (1 - abs(naive_cosine(refusal, harm))) * (1 - abs(naive_cosine(later_refusal, later_harm)))
         naive[layer] *= abs(naive_cosine(harm, later_harm)) * abs(naive_cosine(refusal, later_refusal))
@@ -170,7 +170,7 @@ def _spoiled(**changes: Any) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_data_that_do_not_fit_are_refused(rows, message):
+def test_unsuitable_data_are_refused(rows, message):
     with pytest.raises(ValueError, match=message):
         read_rows(rows, TAIL, HarcConfig())
 

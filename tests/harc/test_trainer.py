@@ -1,4 +1,4 @@
-"""HARC in transformers' Trainer and TRL: what it trains on, that it resumes exactly, and what it refuses."""
+"""HARC in transformers' Trainer and TRL: its data, its gradients, its exact resumption, and its refusals."""
 
 import importlib
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_run_resumes_exactly_over_epochs_and_refreshes_and_leaves_a_plain_adap
 
 
 def gradients(trainer: HarcTrainer, batches: list[Any]) -> dict[str, Tensor]:
-    """Returns the gradients of one optimizer step over these micro-batches, and leaves the weights."""
+    """Returns the gradients of one optimizer step over these micro-batches, without changing the weights."""
     trainer.current_gradient_accumulation_steps = len(batches)
     trainer.model.zero_grad()
     inputs = [trainer._collate(rows) for rows in batches]
@@ -93,7 +93,7 @@ def test_a_micro_batch_of_benign_rows_alone_has_finite_gradients(tmp_path):
     assert all(value.isfinite().all() and value.any() for value in found.values())
 
 
-def test_the_coupling_moves_in_a_tiny_instruct_model_and_general_text_does_not(tmp_path):
+def test_training_moves_the_cosines_of_a_tiny_chat_model_but_hardly_its_predictions_on_harmless_text(tmp_path):
     model = tiny.chat_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     answers = [row._replace(kind="harmful") for rows in tiny.rows(HarcConfig())[1].values() for row in rows]  # labeled
@@ -134,7 +134,7 @@ def test_a_fused_loss_is_refused(tmp_path):
         ({"harc": {"layers": "L0"}}, "harc_layers: L0 is the embeddings"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path, values, message):
+def test_unsuitable_settings_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         tiny.trainer_of(tmp_path, **values)
 

@@ -80,7 +80,7 @@ def rows(config: HarcConfig) -> tuple[Rows, Rows]:
 
 
 def trainer_of(folder: Path, model: Any = None, harc: dict[str, Any] | None = None, **values: Any) -> HarcTrainer:
-    """Makes a Trainer of six steps on the CPU; ``harc`` contains keys of HARC, ``values`` the Trainer's settings."""
+    """Makes a Trainer of six steps on the CPU; ``harc`` has HARC's keys, and ``values`` the Trainer's settings."""
     shared = {"per_device_train_batch_size": 6, "max_steps": 6, "logging_steps": 1, "save_strategy": "no"}
     shared |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "learning_rate": 3e-3}
     model, args = model or with_lora(chat_model()), TrainingArguments(str(folder), **shared | values)

@@ -48,7 +48,7 @@ def merged_projections(model: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
     [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}, {"lora_bias": True}],
     ids=["LoRA", "DoRA", "rsLoRA", "LoRA with a bias"],
 )
-def test_heads_under_an_adapter(config, bias):
+def test_heads_under_an_adapter_use_the_merged_projection(config, bias):
     model = adapt(text_model("llama", attention_bias=bias), lora_dropout=0.0, **config)
     batch = text_batch()
     check_heads(model, batch, batch["attention_mask"], merged_projections(model))
@@ -114,7 +114,7 @@ def dequantized(projection: nn.Module) -> Tensor:
     return dequantize_4bit(projection.weight.data, projection.weight.quant_state)
 
 
-def test_4_bit_weights_without_and_with_an_adapter(quantized):
+def test_heads_of_4_bit_weights_use_the_dequantized_projection(quantized):
     batch = text_batch()
     modules = [layer.self_attn.o_proj for layer in decoder_layers(quantized)]
     check_heads(quantized, batch, batch["attention_mask"], [(dequantized(each), each.bias) for each in modules])

@@ -1,4 +1,4 @@
-"""Gradient checkpointing and torch.compile change no capture and no gradient."""
+"""Gradient checkpointing and torch.compile change neither captures nor gradients."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,7 @@ ROWS = 4
 
 
 def host(model: nn.Module, reentrant: bool) -> None:
-    # the host cannot be imported next to the newest TRL
+    # the host cannot be imported if the newest TRL is installed
     hparams = pytest.importorskip("llamafactory.hparams", exc_type=ImportError)
     checkpointing = pytest.importorskip("llamafactory.model.model_utils.checkpointing", exc_type=ImportError)
     arguments = hparams.ModelArguments(model_name_or_path="tiny", use_reentrant_gc=reentrant)

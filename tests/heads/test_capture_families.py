@@ -25,7 +25,7 @@ every_reader = pytest.mark.parametrize("check", READERS, ids=lambda c: c.__name_
 
 
 @pytest.mark.parametrize("model_type", BARE)
-def test_a_bare_decoder(model_type):
+def test_heads_and_layers_of_a_bare_decoder_match_its_blocks(model_type):
     model, batch = text_model(model_type), text_batch()
     layout = head_layout(model.config)
     assert (layout.model_type, layout.n_layers) == (model_type, LAYERS)
@@ -38,7 +38,7 @@ def test_a_bare_decoder(model_type):
 
 
 @pytest.mark.parametrize("name", VLMS)
-def test_a_decoder_inside_a_vlm(name):
+def test_heads_and_layers_of_a_decoder_inside_a_vlm_match_its_blocks(name):
     model = vlm(name)
     batch = vlm_batch(model)
     mask = batch["attention_mask"].bool()
@@ -47,7 +47,7 @@ def test_a_decoder_inside_a_vlm(name):
         check(model, batch, mask)
 
 
-def test_every_family_appears_inside_a_vlm_with_known_placeholders_of_images():
+def test_every_family_appears_inside_a_vlm_with_known_image_placeholders():
     configs = [vlm(name).config for name in VLMS if name not in UNKNOWN]
     missing = {"gemma3n_text", *(f"{name}_text" for name in UNKNOWN)}
     assert {head_layout(config).model_type for config in configs} == FAMILIES - missing
@@ -66,7 +66,7 @@ def test_the_bias_of_the_output_projection_belongs_to_no_head(model_type):
 
 
 @every_reader
-def test_left_padding_and_a_row_without_tokens(check):
+def test_left_padding_and_a_row_without_tokens_are_read_correctly(check):
     model = text_model("qwen3")
     ids = torch.randint(3, 50, (3, 8))
     attended = torch.ones_like(ids)
@@ -79,12 +79,12 @@ def test_left_padding_and_a_row_without_tokens(check):
 
 @every_reader
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_half_precision_weights(dtype, tolerance, check):
+def test_half_precision_weights_are_read_correctly(dtype, tolerance, check):
     model, batch = text_model("qwen3").to(dtype), text_batch()
     check(model, batch, batch["attention_mask"].bool(), tolerance=tolerance)
 
 
-def test_autocast_to_bfloat16():
+def test_autocast_gives_bfloat16_representations():
     model, batch = text_model("qwen3"), text_batch()
     mask = batch["attention_mask"].bool()
     with HeadCapture(model, "L0H1,L1H2") as capture:

@@ -94,7 +94,7 @@ def test_the_decoder_is_found_inside_wrappers(wrap):
 
 
 def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_layer: bool = False) -> set[str]:
-    """Names the parameters that receive a gradient from a head of the layer, or from its output."""
+    """Returns the names of parameters with a gradient from a head of the layer, or from the layer's output."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with LayerCapture(model, f"L{layer}") if whole_layer else HeadCapture(model, f"L{layer}H1") as capture:
         capture.pool(batch["attention_mask"])
@@ -108,9 +108,9 @@ def reached(model: nn.Module, batch: dict[str, torch.Tensor], layer: int, whole_
 
 
 #: Parts that may have no influence: parts of a vision tower (its class token, layers after the chosen one), and the
-#: inputs of the layers of Gemma 3n and 4, which the first layer reads after its attention.
+#: per-layer inputs of Gemma 3n and 4, which the first layer reads after its attention.
 UNUSED = ("vision", "visual", "per_layer", "altup.correct", "altup_unembed")
-#: Biases without a gradient: the bias of the keys cancels out in the softmax, and that of the projection is no head's.
+#: Biases without a gradient: the keys' bias cancels out in the softmax, and the projection's belongs to no head.
 BIASES = ("k_proj.bias", "o_proj.bias")
 
 

@@ -1,4 +1,4 @@
-"""The averages of all heads and layers, which one pass reads, and the output projections of the layers."""
+"""The averages of all heads and layers, read in one pass, and the output projections of the layers."""
 
 import weakref
 from functools import partial

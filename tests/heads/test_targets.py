@@ -86,7 +86,7 @@ def test_targets_outside_a_model_are_refused(targets, n_layers, n_heads, outside
 
 
 @both
-def test_round_trip_through_a_file(tmp_path, targets):
+def test_a_file_keeps_targets_and_provenance(tmp_path, targets):
     chosen = Targets(targets.items, {"model": "Modell Ä", "scores": [[0.1, None]], "k": 10})
     path = tmp_path / file_name(targets.granularity)
     chosen.save(path)

@@ -45,7 +45,7 @@ def naive_mask(pooling: str) -> Tensor:
 
 @pytest.mark.parametrize("pooling", ["answer", "text", "mean", "last"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
-def test_each_pooling_by_definition(pooling, dtype):
+def test_each_pooling_marks_the_tokens_of_its_definition(pooling, dtype):
     mask = token_mask(pooling, IDS, ATTENTION.to(dtype), LABELS, frozenset({IMAGE, VIDEO}))
     assert mask.dtype == torch.bool
     assert mask.tolist() == naive_mask(pooling).tolist()
@@ -67,7 +67,7 @@ def test_without_an_attention_mask_no_token_is_padding():
     assert torch.equal(token_mask("text", IDS, media_token_ids=[IMAGE]), IDS != IMAGE)
 
 
-# -- the mean over them ----------------------------------------------------------------------------------------------
+# -- the mean over tokens --------------------------------------------------------------------------------------------
 
 
 def naive_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def test_autocast_does_not_round_the_average_of_an_fp32_residual_stream():
 @pytest.mark.parametrize("wide", [False, True], ids=["training", "scoring"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_tokens_in_half_precision_neither_overflow_nor_drift(dtype, wide):
-    # float16 holds neither the number of tokens nor their sum
+    # float16 can represent neither the number of tokens nor their sum
     hidden = (100 + torch.randn(2, 70_001, 4)).to(dtype)
     mask = torch.rand(2, 70_001) < 0.99
     pooled = pool_tokens(hidden.double() if wide else hidden, mask)
@@ -117,7 +117,7 @@ MARK, PER_IMAGE = 9, 4
 
 
 def sequence(*parts: object) -> list[int]:
-    """Makes token ids: a number is a text token, and ``"image"`` stands for the tokens of an image."""
+    """Makes token ids: a number is a text token, and ``"image"`` becomes the tokens of an image."""
     return [token for part in parts for token in ([MARK] * PER_IMAGE if part == "image" else [part])]
 
 

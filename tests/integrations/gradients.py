@@ -36,7 +36,7 @@ def run(trainer: Trainer) -> tuple[dict[str, Tensor], dict[str, float]]:
 
 
 def expected_term(trainer: Any, together: bool) -> tuple[dict[str, Tensor], float]:
-    """Computes the mean term of a Trainer's micro-batches, or one term of all of them, with a bare Aligner."""
+    """Computes a Trainer's mean term over micro-batches, or if ``together`` one term of all, with a bare Aligner."""
     model, terms = trainer.model, []
     aligner = Aligner(model, trainer.aligner.config)
     for batch in trainer.get_train_dataloader():
@@ -56,7 +56,7 @@ def expected_term(trainer: Any, together: bool) -> tuple[dict[str, Tensor], floa
 
 
 def check_term(make: Callable[[float], Any], together: bool, tolerance: float) -> dict[str, float]:
-    """Checks that the term with weight 0.5 adds its gradient and its value, and nothing else; returns the log line."""
+    """Checks that the term with weight 0.5 adds only its gradient and its value; returns the log line."""
     trainer = make(0.5)
     expected, term = expected_term(trainer, together)
     (with_term, logged), (without, _) = run(trainer), run(make(0.0))

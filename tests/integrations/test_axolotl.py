@@ -88,7 +88,7 @@ def run(train: FileRuns, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.mark.slow
 def test_the_command_trains_with_hera(run):
-    second = run.logs()[1]  # the first line's hera_loss leaves out the micro-batch before which the memory was empty
+    second = run.logs()[1]  # the first line's hera_loss omits the first micro-batch, when the memory was empty
     assert second["hera_loss"] > 0
     assert second["loss"] == pytest.approx(second["lm_loss"] + 0.01 * second["hera_loss"], abs=1e-4)
     assert run.output.count("HeRA | heads: L1H0,L1H3,L2H5,L3H2,L3H7") == 1  # axolotl does not hide it

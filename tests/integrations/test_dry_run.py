@@ -1,4 +1,4 @@
-"""``llamafactory-hera doctor RECIPE.yaml``: a line for each check, and a problem that names key and remedy."""
+"""``llamafactory-hera doctor RECIPE.yaml``: a line for each check, and problems that name the key and the remedy."""
 
 import json
 import shutil
@@ -17,11 +17,11 @@ Doctor = Callable[..., tuple[int, list[str]]]
 
 @pytest.fixture
 def doctor(here: Path, capsys: pytest.CaptureFixture) -> Doctor:
-    """Checks the recipe of the demo with changes, and returns the exit code and the printed lines."""
+    """Runs doctor on the demo's recipe with changes; returns the exit code and the printed lines."""
     return lambda *changes: (main(["doctor", RECIPE, *changes]), capsys.readouterr().out.splitlines())
 
 
-#: Changes of the recipe -> the start of a line that doctor then prints.
+#: Changes to the recipe -> the start of a line that doctor then prints.
 CASES = {
     "hera_memory=auto --processes 2": "ok  batch     32 samples compared at once, neighbors: 10 of 40 candidates",
     "hera_memory=0 per_device_train_batch_size=3": "ok  batch     3 samples compared at once, neighbors: 1 of 2 ",

@@ -58,7 +58,7 @@ class Host(NamedTuple):
     processor: Any
 
     def given(self, observed: Observed) -> dict[str, Any]:
-        """Returns what every Trainer receives."""
+        """Returns the arguments that every Trainer receives."""
         data = {"train_dataset": self.rows, "data_collator": self.collate}
         return {"hera": self.config, "callbacks": [observed], **data}
 
@@ -109,7 +109,7 @@ def swift_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> A
 
     as_text = {key: str(value) for key, value in host.config.keys().items() if value is not None}
     os.environ.update({key.upper(): value for key, value in as_text.items()})
-    # ms-swift's own fields of the model
+    # the fields that ms-swift adds to a model
     loaded, processor = get_model_processor(host.model, model_type="llava1_5_hf", torch_dtype=torch.float32)
     model.model_info, model.model_meta, model.model_dir = loaded.model_info, loaded.model_meta, loaded.model_dir
     template = get_template(processor, template_type="llava1_5_hf")
@@ -129,7 +129,7 @@ def swift_trainer(model: Any, host: Host, folder: Path, observed: Observed) -> A
 @pytest.mark.parametrize(
     "make", [transformers_trainer, trl_trainer, swift_trainer], ids=["transformers", "TRL", "ms-swift"]
 )
-def test_hosts_agree_on_the_first_step_and_on_twenty(llamafactory, make, tmp_path):
+def test_hosts_agree_on_the_first_gradient_and_on_the_logs_of_twenty_steps(llamafactory, make, tmp_path):
     expected, observed = llamafactory.observed, Observed()
     model = AutoModelForImageTextToText.from_pretrained(llamafactory.model, dtype=torch.float32)
     for name, parameter in model.named_parameters():

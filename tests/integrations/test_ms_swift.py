@@ -1,4 +1,4 @@
-"""The plugin in ms-swift; ms-swift excludes our TRL, so ``make test-swift`` runs this file."""
+"""The plugin in ms-swift; ms-swift excludes our version of TRL, so ``make test-swift`` runs this file."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from tests.e2e.runner import ROOT, FileRuns, Run, check_selected
 from tests.tiny_models import teacher_folder
 
 WORDS = ["[UNK]", "What", "color", "?", "A", "dark", "light", "one", "system", "user", "assistant"]
-#: ms-swift's template knows Qwen's special tokens by their numbers.
+#: ms-swift's template identifies Qwen's special tokens by their ids.
 SPECIALS = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652}
 SPECIALS |= {"<|vision_end|>": 151653, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
 VOCAB = 151660
@@ -81,7 +81,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": str(world / "model"),
         "model_type": "qwen2_5_vl",
         "template": "qwen2_5_vl",
-        "check_model": False,  # asks a hub otherwise
+        "check_model": False,  # otherwise, it asks a hub
         "dataset": [str(world / "train.jsonl")],
         "load_from_cache_file": False,
         "tuner_type": "full",
@@ -127,11 +127,11 @@ def test_the_command_trains_with_hera(run):
 
 
 @pytest.mark.slow
-def test_auto_selects_on_the_rows_of_a_lora_run_which_resumes(keys, train, tmp_path):
+def test_auto_selects_on_the_rows_of_a_lora_run_and_the_run_resumes(keys, train, tmp_path):
     env = {"HERA_HEADS": "auto", "HERA_SELECT_M": 2, "HERA_SELECT_K": 5, "HERA_SELECT_SAMPLES": 20}
     env |= {"HERA_ACCUMULATE": "gradcache", "HERA_TEACHER_CACHE": str(tmp_path / "cache")}
     changes = {"ENV": keys["ENV"] | env, "tuner_type": "lora", "dataloader_num_workers": 1}
-    changes["dataloader_persistent_workers"] = False  # with them, ms-swift's own resumed runs draw other dropout
+    changes["dataloader_persistent_workers"] = False  # with them, ms-swift's own resumed runs draw different dropout
     run = train(tmp_path / "run", **changes)
     check_selected(run, 2, 20)
     assert {"hera_loss", "hera_mknn"} <= run.logs()[-1].keys()

@@ -36,7 +36,7 @@ def test_the_hook_is_installed_at_startup_even_under_accelerate(tmp_path):
     for options in ((), ("-I",)):
         assert _python(code, *options).stdout.split() == ["1"]
     (tmp_path / "script.py").write_text(code)
-    # accelerate starts several CPU processes with MPI only, so this is one process
+    # accelerate needs MPI to start several CPU processes, so this starts only one
     launch = "accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
     code, output = run_command([*launch.split(), "script.py"], tmp_path)
     assert (code, output.splitlines()[-1]) == (0, "1"), output

@@ -50,7 +50,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_one_ends(tmp_pa
         ({"hera": {"heads": "auto"}, "train_dataset": None}, "^heads: auto selects on the training data"),
     ],
 )
-def test_the_constructor_refuses(tmp_path, given, message):
+def test_the_constructor_refuses_unsuitable_data_and_settings(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, **{"rows": ROWS, **given})
 
@@ -89,7 +89,7 @@ def test_one_image_among_many_rows_is_enough(kind):
         ("train_dataset", Stream([]), "^accelerator_config: .*; set accelerator_config: {dispatch_batches: false}"),
     ],
 )
-def test_settings_that_need_several_devices_are_refused(tmp_path, name, value, message, monkeypatch):
+def test_settings_that_hera_does_not_support_are_refused(tmp_path, name, value, message, monkeypatch):
     trainer = make(tmp_path, ROWS[:BATCH])
     model, state = trainer.model, trainer.accelerator.state
     owners = {"hf_device_map": model, "_tp_size": model, "distributed_config": model.config, "_mixed_precision": state}
@@ -145,7 +145,7 @@ def test_the_first_batch_is_checked_before_a_step(tmp_path, collate, message):
 
 
 def captions_only(rows: list[dict]) -> dict[str, Any]:
-    """As in LLaVA's stage 1: an image, then its caption, and nothing before them."""
+    """Makes a batch as in LLaVA's stage 1: an image, then its caption, and nothing before them."""
     batch = labels_on_all_text(rows)
     return {name: values if name == "pixel_values" else values[:, 1:] for name, values in batch.items()}
 

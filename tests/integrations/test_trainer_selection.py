@@ -1,4 +1,4 @@
-"""``auto`` in a plain Trainer selects with its rows, collator and model, and reuses the file after a check."""
+"""``auto`` in a plain Trainer uses the Trainer's rows, collator and model, and checks a file before reusing it."""
 
 import json
 import random
@@ -110,9 +110,9 @@ def test_a_stream_that_knows_its_length_is_read_in_order(tmp_path):
     assert lines(trainer)[0]["hera_loss"] > 0
 
 
-def test_a_file_of_heads_draws_no_random_numbers(tmp_path):
+def test_reading_a_file_of_heads_draws_no_random_numbers(tmp_path):
     def collate(rows: list[dict]) -> dict[str, Any]:
-        np.random.rand(), random.random(), torch.rand(1)  # as a collator that crops or masks at random
+        np.random.rand(), random.random(), torch.rand(1)  # like a collator that crops or masks at random
         return collate_rows(rows)
 
     model = vlm("llava-llama")

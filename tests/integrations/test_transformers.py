@@ -41,7 +41,7 @@ def arguments(folder: Path, **values: object) -> TrainingArguments:
 
 
 def trainer_of(folder: Path, model: nn.Module | None = None, rows: Any = None, **values: Any) -> HeraTrainer:
-    """Makes a Trainer; ``hera`` contains keys of HeRA, ``given`` arguments of the Trainer, ``values`` its settings."""
+    """Makes a Trainer; ``hera`` has HeRA's keys, ``given`` the Trainer's arguments, and ``values`` its settings."""
     model = vlm("llava-llama") if model is None else model
     given = {"hera": hera(**values.pop("hera", {})), "data_collator": collate_rows, **values.pop("given", {})}
     given.setdefault("train_dataset", image_rows(model, 3 * BATCH) if rows is None else rows)
@@ -344,7 +344,7 @@ def test_the_term_is_the_mean_over_micro_batches_for_every_kind_of_lm_loss(
         return trainer_of(tmp_path, make(), rows, hera={"weight": weight, "accumulate": accumulate}, **values)
 
     assert trainer_with(0.5).model_accepts_loss_kwargs == accepts
-    model, losses = make(), []  # the sum of the loss over the labeled tokens of each micro-batch, and their number
+    model, losses = make(), []  # each micro-batch's loss, summed over its labeled tokens, and their number
     for start in range(0, len(rows), BATCH):
         batch = collate_rows([{k: v for k, v in row.items() if k != "images"} for row in rows[start : start + BATCH]])
         n = int((batch["labels"][:, 1:] != -100).sum())

@@ -135,7 +135,7 @@ class Case:
     form: str = "prompt and completion"
     column: str = "images"
     streamed: bool = False
-    steps: int = 1  # micro-batches of an optimizer step
+    steps: int = 1  # micro-batches per optimizer step
     options: dict[str, Any] = field(default_factory=dict)
     hera: dict[str, Any] = field(default_factory=dict)
     arguments: Callable[[], dict[str, Any]] = dict
@@ -146,11 +146,11 @@ class Case:
         return rows.to_iterable_dataset() if self.streamed else rows
 
     def skip(self) -> None:
-        """Skips the test if this version of TRL cannot do this without HeRA."""
+        """Skips the test if this version of TRL does not support the case even without HeRA."""
         if not Version(self.since) <= TRL < Version(self.until):
-            pytest.skip(f"{self.name}: TRL from {self.since} on, below {self.until}")
+            pytest.skip(f"{self.name}: needs TRL {self.since} or later, before {self.until}")
         if Version(self.transformers) > TRANSFORMERS:
-            pytest.skip(f"{self.name}: TRL needs transformers {self.transformers} for it")
+            pytest.skip(f"{self.name}: TRL needs transformers {self.transformers} for this case")
 
 
 def lora() -> dict[str, Any]:
@@ -174,7 +174,7 @@ CASES = [
         form="messages",
         options={"assistant_only_loss": True},
     ),
-    Case("a column `image`", since="0.29", column="image"),
+    Case("an `image` column", since="0.29", column="image"),
     Case(
         "a custom collator",
         since="0.18",
@@ -234,7 +234,7 @@ def test_answers_are_the_turns_of_the_assistant(tmp_path, name):
     image = trainer.model.config.image_token_id
     read = token_mask("answer", batch["input_ids"], batch["attention_mask"], batch["labels"], [image])
     texts = [processor().tokenizer.decode(ids[row]) for ids, row in zip(batch["input_ids"], read, strict=True)]
-    if name == "messages, the text pooled":  # TRL also labels image tokens, which are no answer
+    if name == "messages, the text pooled":  # TRL also labels image tokens, which are not part of the answer
         assert (batch["labels"] == image).sum() == BATCH * 16
         assert not any("<image>" in text for text in texts)
     else:

@@ -32,7 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class CountLaterSteps(TrainerCallback):
-    """Counts only in later steps, because HeRA checks everything once in the first steps."""
+    """Counts waits only in later steps, because HeRA checks everything once in the first steps."""
 
     def __init__(self, waits: Waits) -> None:
         self.waits = waits

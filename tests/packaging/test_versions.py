@@ -24,5 +24,5 @@ def test_the_changelog_opens_with_this_version() -> None:
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == VERSION
 
 
-def test_both_have_the_same_license() -> None:
+def test_both_distributions_have_the_same_license() -> None:
     assert (ROOT / "patches/LICENSE").read_text() == (ROOT / "LICENSE").read_text()

@@ -1,4 +1,4 @@
-"""Both wheels: their content, and that installing and uninstalling them changes nothing else."""
+"""The content of both wheels, and installing and uninstalling them without other changes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def _install(python: Path, *wheels: Path) -> None:
 
 
 def _complete(folder: Path, *wheels: Path) -> Path:
-    """Makes an environment with wheels, and with this environment's dependencies on its path; returns its Python."""
+    """Makes an environment with wheels, and with the tests' dependencies on its path; returns its Python."""
     python, site = _environment(folder)
     # Python ignores .pth files in folders that a .pth file adds, so the hook can only come from the wheels
     paths = [path for path in sys.path if path.endswith("site-packages")]

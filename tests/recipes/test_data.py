@@ -20,7 +20,7 @@ from tests.e2e.runner import ROOT
 
 
 def row(number: str | int, image: str | None, *turns: str) -> dict[str, Any]:
-    """A row of LLaVA's mixture; a row without an image has another column."""
+    """Makes a row of LLaVA's mixture; a row without an image has a ``model`` column instead."""
     said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     return {"id": number, **({"image": image} if image else {"model": ""}), "conversations": said}
 
@@ -119,7 +119,7 @@ def test_finevision_draws_the_requested_rows_of_each_subset(data, tmp_path):
     assert [row["conversations"][0]["value"].count("<image>") for row in rows] == [1, 2, 0, 1, 1, 1]
     drawn = {int(row["id"].split("/")[1]) for row in rows[3:]}
     assert len(drawn) == 3
-    assert max(drawn) > 3  # the sample is drawn from all rows, not from the first ones
+    assert max(drawn) > 3  # the sample is drawn from all rows, not only from the first rows
     assert all((data / "finevision/images" / image).is_file() for row in rows for image in row["images"])
 
 

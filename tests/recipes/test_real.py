@@ -1,4 +1,4 @@
-"""The downloads and steps of ``make real``; its own weights and pictures are used where they have been downloaded."""
+"""The downloads and steps of ``make real``; tests that need its weights are skipped without them."""
 
 import hashlib
 import json
@@ -32,14 +32,14 @@ def test_a_damaged_file_is_named(tmp_path):
         parts.fetch(tmp_path)
 
 
-def test_a_file_that_is_there_is_not_downloaded(monkeypatch, tmp_path):
+def test_an_existing_file_is_not_downloaded_again(monkeypatch, tmp_path):
     (tmp_path / "held.whl").write_bytes(b"all of it")
     digest = hashlib.sha256(b"all of it").hexdigest()
     monkeypatch.setattr(parts, "DOWNLOADS", {"held.whl": ("no-such-package==1", digest)})
     parts.fetch(tmp_path)
 
 
-def test_a_finished_step_is_not_repeated_and_a_failed_one_is(monkeypatch, tmp_path):
+def test_a_finished_step_is_not_repeated_but_a_failed_step_is(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "ROOT", tmp_path)
     write = ("-c", "import pathlib, sys; pathlib.Path(sys.argv[1], 'file').write_text(sys.argv[2])", run.OUT)
     with pytest.raises(ValueError, match=r"^one: ValueError: broken \(.*one\.log\)$"):
@@ -64,7 +64,7 @@ def test_the_language_model_knows_the_capital_of_france(tmp_path):
 @downloaded
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_smoke_of_two_steps_writes_the_page(tmp_path):
+def test_a_smoke_run_of_two_steps_writes_the_page(tmp_path):
     shutil.copytree(DOWNLOADS, tmp_path / "hera_real/downloads")
     command = (sys.executable, ROOT / "recipes/real", "smoke")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -31,7 +31,7 @@ def test_recipes_and_keys_are_as_the_generator_writes_them_and_the_index_links_e
 
 
 def parse(files: list[str]) -> None:
-    """Parses recipes with LLaMA-Factory's parser as one rank of a distributed run, in a process of its own."""
+    """Parses recipes with LLaMA-Factory's parser as one rank of a distributed run, in a separate process."""
     from llamafactory.data.template import TEMPLATES
     from llamafactory.hparams import get_train_args
 
@@ -52,7 +52,7 @@ def parse(files: list[str]) -> None:
 
 @pytest.mark.slow
 def test_llamafactory_parses_every_recipe(folder, values, server, tmp_path):
-    shutil.copytree(folder, tmp_path / "recipes")  # where recipes name their DeepSpeed files
+    shutil.copytree(folder, tmp_path / "recipes")  # recipes refer to DeepSpeed files in this folder
     files = {f"recipes/{name}.yaml": keys for name, keys in values.items()}
     files |= {f"recipes/harc/{file.name}": yaml.safe_load(file.read_text()) for file in folder.glob("harc/*.yaml")}
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -66,7 +66,7 @@ def test_llamafactory_parses_every_recipe(folder, values, server, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", list(recipes.all_recipes()), ids=lambda recipe: recipe.name)
-def test_every_way_to_split_the_batch_makes_the_global_batch_and_the_keys_are_one_that_fits(recipe):
+def test_every_split_of_the_batch_gives_the_global_batch_and_the_recipe_has_a_split_that_fits(recipe):
     keys = recipe.keys
     for plan in recipe.plans:
         assert plan.gpus * plan.per_device * plan.accumulation == recipe.work.global_batch
@@ -99,7 +99,7 @@ def test_both_stages_have_the_papers_settings_and_the_baseline_differs_in_the_he
 
 
 def stage_one(name: str, values: dict, folder: Path) -> dict[str, Any]:
-    """The keys of a stage 1: those of its recipe, or of the command in the header of stage 2."""
+    """Returns the keys of a stage 1, from its recipe or from the command in the header of the stage 2 recipe."""
     if f"{name}_pretrain" in values:
         return values[f"{name}_pretrain"]
     header = " ".join(line.lstrip("# ") for line in (folder / f"{name}.yaml").read_text().splitlines())
@@ -112,7 +112,7 @@ def alignment(keys: dict[str, Any]) -> tuple[Any, ...]:
     return config.objective, config.granularity, config.named_targets, config.weight
 
 
-#: Table 1 of the paper: objective, granularity, heads or layers (a number: that many of its heads), strategy, m.
+#: Table 1 of the paper: objective, granularity, heads or layers (n: the first n of the paper's heads), strategy, m.
 TABLE_1 = {
     "feature_layer_middle": ("feature", "layer", "middle", None, None),
     "feature_head_worst5": ("feature", "head", 5, None, None),
@@ -196,7 +196,7 @@ def test_the_list_has_every_recipe_with_its_title(values, capsys):
     assert main(["recipes", "llama9"]) == 2
 
 
-def test_a_copy_holds_the_files_that_its_recipes_name(tmp_path):
+def test_a_copy_contains_the_files_that_its_recipes_name(tmp_path):
     assert main(["recipes", "--copy-to", str(tmp_path / "mine")]) == 0
     (recipe,) = (tmp_path / "mine").rglob("qwen3_8b_hera.yaml")
     keys = yaml.safe_load(recipe.read_text())

@@ -23,7 +23,7 @@ SCRIPT = str(ROOT / "recipes/transformers/sft_vlm_hera.py")
 
 
 def run(server: HostServer, world: Path, output: str, *options: str, ranks: int = 1) -> dict[str, Any]:
-    """The last log line of a run of five steps, and its selection."""
+    """Returns the last log line of a run of five steps, with its selected heads."""
     cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     arguments = ("--steps", "5", "--memory", "32", "--output", output, *options)
     code, printed = server.script(SCRIPT, *arguments, cwd=world, ranks=ranks, **cpu)
@@ -34,7 +34,7 @@ def run(server: HostServer, world: Path, output: str, *options: str, ranks: int 
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(server, world):
+def test_two_processes_give_the_results_of_one_process(server, world):
     one, two = run(server, world, "one"), run(server, world, "two", "--batch", "8", ranks=2)
     assert two["heads"] == one["heads"]
     for name in LOGGED:  # rounding decides between two neighbors that are equally near, so MKNN may differ by one
@@ -52,7 +52,7 @@ def test_lora_resumes_from_its_last_checkpoint(server, world):
 
 
 def test_a_row_begins_with_one_bos_token(tmp_path):
-    """The template, the tokenizer or both may write it."""
+    """The template, the tokenizer or both may write the token."""
     parts = save_language_model("llama3", tmp_path / "llm"), save_tower("siglip", tmp_path / "tower")
     processor = AutoProcessor.from_pretrained(build_backbone(*map(str, parts), tmp_path / "built").folder)
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -98,7 +98,7 @@ BENCHES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bench", BENCHES)
-def test_the_benchmark_runs(server, world, bench):
+def test_each_benchmark_runs(server, world, bench):
     script, *options = BENCHES[bench].format(root=ROOT).split()
     code, output = server.script(ROOT / "benchmarks" / script, *options, cwd=world)
     assert code == 0, output

@@ -1,4 +1,4 @@
-"""JARVIS: the sampling of blocks, the mask compared with the steps of the authors' code, and a training."""
+"""JARVIS: the sampling of blocks, the mask compared with the steps of the authors' code, and training."""
 
 from itertools import count, product
 from typing import Any
@@ -32,7 +32,7 @@ def objective(model: nn.Module, two_way: bool = False) -> Any:
 
 
 def inputs() -> dict[str, Tensor]:
-    """Three samples with an image and one without, padded on the left, on the right, and not."""
+    """Three samples with an image and one without, padded on the left, on the right, or not at all."""
     ids = torch.randint(3, 50, (4, T + 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     for row, (left, before, image, _, right) in enumerate(ROWS):
@@ -52,7 +52,7 @@ def step(number: int = 0, rank: int = 0, seed: int = 0) -> Step:
 
 
 def first_step(jarvis: Any, plain: bool) -> Step:
-    """Finds the first micro-batch that is plain, or is not."""
+    """Finds the first plain micro-batch, or the first masked one if ``plain`` is False."""
     return next(now for now in map(step, count()) if bool(jarvis.prepare(now).valid.any()) != plain)
 
 
@@ -177,7 +177,7 @@ def test_parameters_are_initialized_as_in_the_authors_code():
 
 
 def llava(attention: str = "sdpa") -> nn.Module:
-    """A LLaVA with 8 x 8 tokens an image."""
+    """Makes a LLaVA with 8 x 8 tokens per image."""
     size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = tf.CLIPVisionConfig(**size, image_size=8 * SIDE, patch_size=8)
     torch.manual_seed(0)
@@ -234,7 +234,7 @@ def test_samples_without_an_image_and_plain_micro_batches_have_the_logits_of_pla
     assert not torch.allclose(masked[0], logits[0], atol=1e-2)
 
 
-def test_an_aligner_trains_it_and_logs_no_plain_micro_batch():
+def test_an_aligner_trains_jarvis_and_logs_no_plain_micro_batch():
     model = projector_only(llava())
     keys = {"granularity": "layer", "layers": "L0", "objective": "jarvis", "weight": 1.0, "teacher": teacher_folder()}
     processor = tf.SiglipImageProcessor(size={"height": 64, "width": 64})

@@ -1,4 +1,4 @@
-"""ROSS: its denoiser and schedule compared with naive ones in float64, its first steps, and its latents."""
+"""ROSS: its denoiser and schedule compared with naive versions in float64, its first steps, and its latents."""
 
 import math
 import re
@@ -73,7 +73,7 @@ def sinusoids(value: float, size: int) -> tuple[list[float], list[float]]:
 
 
 def naive_denoiser(ross: Small, noisy: Tensor, t: int, z: Tensor) -> Tensor:
-    """Predicts the noise in the latents ``[T, C]`` of one image in one draw, given ``[T, D]``."""
+    """Predicts the noise in one draw of an image's latents ``[T, C]``, given its tokens ``[T, D]``."""
     net = ross.denoiser
     sines, cosines = sinusoids(t, 128)
     time = linear(net.embed_time[2], silu(linear(net.embed_time[0], torch.tensor(cosines + sines).double())))
@@ -178,7 +178,7 @@ def folder(tmp_path: Path) -> Path:
     model = autoencoder(8, CHANNELS, 4)
     for name, parameter in model.named_parameters():
         if "conv2" in name or "to_out" in name:
-            parameter.data *= 0.1  # new blocks have a wider view than trained blocks
+            parameter.data *= 0.1  # untrained blocks see a wider region than trained blocks
     model.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
@@ -210,7 +210,7 @@ def test_latents_are_sampled_shifted_scaled_and_packed_by_two_by_two(folder):
     assert not latents_of(teacher, images, seed=2).equal(found)  # a sample, not the mean
 
 
-def test_it_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder):
+def test_the_autoencoder_is_frozen_and_in_fp32_under_autocast_and_with_weights_in_bf16(folder):
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     teacher, images = load(folder), torch.rand(1, 3, PIXELS, PIXELS, requires_grad=True)

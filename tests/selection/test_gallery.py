@@ -46,7 +46,7 @@ def write_seen(scores: Path, images: Path, seed: int, heads: int = 2, layers: in
 
 @pytest.fixture
 def files(tmp_path) -> list[Path]:
-    """The scores before and after."""
+    """The scores before and after training."""
     paths = [tmp_path / "run/hera/heads.json", tmp_path / "run/hera/scores.json"]
     return [write_seen(write_scores(path, BEFORE), tmp_path / "images", seed) for seed, path in enumerate(paths, 1)]
 

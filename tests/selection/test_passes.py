@@ -1,4 +1,4 @@
-"""Forward passes: every sample runs once, batches are halved when memory runs out, and only needed logits are made."""
+"""Forward passes: each sample runs once, batches halve if memory runs out, and only needed logits are computed."""
 
 import pytest
 import torch

@@ -218,7 +218,7 @@ def boxes(labels, renderer):
 
 
 def ticks(axis):
-    """Returns the visible labels of an axis; others exist beyond its ends."""
+    """Returns the visible labels of an axis, which also has labels beyond its ends."""
     low, high = sorted(axis.get_view_interval())
     drawn = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     return [label for tick in drawn for label in (tick.label1, tick.label2)]

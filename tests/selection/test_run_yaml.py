@@ -18,7 +18,7 @@ def changed(text: str, keys: dict = HEADS) -> str:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A recipe."""
+    """Writes a recipe with one key."""
     path = tmp_path / "recipe.yaml"
     path.write_text("a: 1\n")
     return path
@@ -43,7 +43,7 @@ def test_only_the_key_changes(before, after):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.name)
-def test_one_line_of_a_shipped_recipe_changes(path):
+def test_only_one_line_of_a_shipped_recipe_changes(path):
     before = RecipeFile.read(path)
     lines = set(before.with_keys(HEADS).splitlines())
     kept = [line for line in before.text.splitlines() if line in lines]

@@ -92,7 +92,7 @@ def test_a_draw_with_a_high_chance_level_gives_a_warning(caplog, n_samples, warn
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A tokenizer that begins with ``<s>``, like that of Llama."""
+    """A tokenizer that begins every text with ``<s>``, as Llama's does."""
     words = {"[PAD]": 0, "<s>": 1, "</s>": 2, "a": 3, "red": 4, "cross": 5, "circle": 6, "[UNK]": 7}
     core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

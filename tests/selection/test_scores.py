@@ -106,7 +106,7 @@ def origin(**changed):
         ({"similarity": "dot"}, (SAME_SELECTION, SAME_SCORES), "hera_similarity was cosine, is dot"),
         ({"select_batch_size": 2}, (), ""),
         ({"model_fingerprint": OTHER}, (SAME_SELECTION, SAME_RUN), "model was m (fingerprint aaaaaaaa), is m (finger"),
-        ({"teacher": "u"}, (), ""),  # another name of the same weights
+        ({"teacher": "u"}, (), ""),  # another name for the same weights
         ({"teacher_fingerprint": OTHER}, (SAME_SELECTION, SAME_RUN, SAME_SCORES), "teacher was t (fingerprint bbb"),
         ({"dataset": "e"}, (SAME_SELECTION,), "dataset was d, is e"),
         ({"samples_digest": OTHER}, (SAME_SCORES,), "samples was 40 (fingerprint cccccccc), is 40 (fingerprint 9"),
@@ -152,7 +152,7 @@ def test_a_file_with_entries_of_other_types_or_shapes_is_refused(tmp_path, chang
 
 
 @pytest.mark.parametrize("script", [True, False])
-def test_a_command_line_can_be_repeated_in_a_shell_and_holds_no_secrets(monkeypatch, script):
+def test_a_command_line_can_be_repeated_in_a_shell_and_contains_no_secrets(monkeypatch, script):
     started = f"{Path(sys.executable).parent}/llamafactory-cli" if script else "-m"
     arguments = ["train", "a b.yaml", "hub_token=hf_x", "--hub_token", "hf_y"]
     monkeypatch.setattr(sys, "orig_argv", [sys.executable, started, *arguments])

@@ -1,4 +1,4 @@
-"""A selection compared with the formulas, on two processes, and with bad input."""
+"""A selection compared with the formulas, on several processes, and with bad input."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ALL_HEADS = [f"L{layer}H{head}" for layer in range(LAYERS) for head in range(HEA
 
 
 def teacher_features(inputs, samples):
-    """The features in the precision of the cache."""
+    """Returns the teacher's features in the cache's precision."""
     teacher = inputs.load_teacher()
     return torch.cat([teacher.encode(teacher.processor.batch([sample.image])) for sample in samples]).half()
 
@@ -131,7 +131,7 @@ def test_heads_of_linear_attention_have_scores_and_are_chosen_only_on_request(tm
     assert [sum(score is not None for score in row) for row in scores] == [6, HEADS]
 
 
-def test_the_file_holds_the_origin_of_the_heads(tmp_path):
+def test_the_file_records_the_origin_of_the_heads(tmp_path):
     path = tmp_path / "out/heads.json"
     heads = select_targets(text_inputs(tmp_path), settings(), path)
     assert Targets.load(path) == heads
@@ -154,7 +154,7 @@ def _select_on_a_rank(folder: Path, n: int, rank: int) -> tuple:
     Forward.run = lambda forward, batch: ran.append(len(batch["input_ids"])) or run(forward, batch)
     heads = select_targets(text_inputs(folder), settings(select_samples=n), folder / "two/heads.json")
     n_samples = sum(ran)
-    # a single batch, so that a process has none
+    # a single batch, so that all other processes have none
     few = select_targets(text_inputs(folder), settings(select_samples=8), folder / "few/heads.json")
     return str(heads), heads.provenance["scores"], heads.provenance["layer_scores"], str(few), len(read), n_samples
 
@@ -169,7 +169,7 @@ def test_several_processes_share_the_work_and_select_like_one(tmp_path, samples,
     results = run_ranks(partial(_select_on_a_rank, tmp_path, samples), len(shares), tmp_path / "ranks")
     expected = (str(one), one.provenance["scores"], one.provenance["layer_scores"], str(few))
     assert [tuple(result[:4]) for result in results] == [expected] * len(shares)
-    assert [result[4] for result in results] == [2, 0, 0, 0][: len(shares)]  # only the first reads the weights
+    assert [result[4] for result in results] == [2, 0, 0, 0][: len(shares)]  # only the first process reads the weights
     assert sorted(result[5] for result in results) == sorted(shares)
 
 

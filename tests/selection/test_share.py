@@ -1,4 +1,4 @@
-"""Heads on the hub: the real client pushes and pulls them, and runs take them; a local server replaces the hub."""
+"""Heads on the hub: the real client pushes and pulls them, and runs use them; a local server replaces the hub."""
 
 import json
 import re
@@ -64,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
-    """The files of the hub. The test works in its own folder, in which ``run`` has selected heads."""
+    """The files of the hub. The test works in its own folder, where ``run`` has selected heads."""
     Hub.files = {"someone/model/README.md": b"# A model", "someone/names/heads.json": b'{"heads": ["L0H1"]}'}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
@@ -97,7 +97,7 @@ def test_a_run_is_pushed_with_a_card_and_without_paths_and_pulled(hub):
 
 
 @pytest.mark.parametrize(("host", "heads"), [("trainer", ID), ("loop", f"hf:{ID}")])
-def test_a_trainer_and_a_loop_take_only_heads_of_their_model(hub, host, heads):
+def test_a_trainer_and_a_loop_accept_only_heads_of_their_model(hub, host, heads):
     def align(seed: int) -> Aligner:
         model = vlm("llava-llama", seed=seed)
         return selecting(Path("new"), model, heads=heads).aligner if host == "trainer" else Aligner(model, settings)
@@ -127,7 +127,7 @@ def test_a_command_refuses_bad_input_in_one_line(hub, capsys, command, message):
     assert error.count("\n") == 1
 
 
-def test_a_key_refuses_what_is_no_repository_with_heads(hub, monkeypatch):
+def test_a_key_refuses_anything_but_a_repository_with_heads(hub, monkeypatch):
     for value, message in {
         "someone/names": "someone/names does not name its model; if it fits yours, write L0H1",
         "run/hera": "run/hera is a local folder, but could also be a hub id; write hf:run/hera for the repository",

@@ -1,4 +1,4 @@
-"""Inputs of a small selection: real models, a real teacher, noise images and random captions; and score files."""
+"""Inputs of a small selection (real models, a real teacher, noise images and random captions), and score files."""
 
 import json
 import math
@@ -39,7 +39,7 @@ class Rows:
 
 
 def captions(n: int, seed: int = 0) -> list[dict]:
-    """Makes rows of 4 to 11 tokens, of which the first has no label."""
+    """Makes rows of 4 to 11 tokens; the first token has no label."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(n):

@@ -173,7 +173,7 @@ def test_pickled_copies_are_small_and_see_after_refresh_what_others_have_written
     assert holds(copy, [5000])
 
 
-def test_processes_that_fill_it_at_the_same_time_lose_nothing(folder):
+def test_processes_that_fill_a_cache_at_the_same_time_lose_nothing(folder):
     barrier = fork.Barrier(2)
 
     def child(start):
@@ -183,7 +183,7 @@ def test_processes_that_fill_it_at_the_same_time_lose_nothing(folder):
             store(cache, range(first, first + 6))
             assert holds(cache, range(start, first + 6))
 
-    # Both processes compute the images 30 to 59.
+    # Both processes compute images 30 to 59.
     run([fork.Process(target=child, args=(start,), daemon=True) for start in (0, 30)])
     cache = opened(folder)
     assert holds(cache, range(90))

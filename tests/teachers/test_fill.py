@@ -1,4 +1,4 @@
-"""The filling of a feature cache by a teacher."""
+"""A teacher fills a feature cache."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A custom loop with the Aligner: it aligns, resumes bit for bit, and never has no effect silently."""
+"""A custom loop with the Aligner: it aligns, resumes bit for bit, and reports if it has no effect."""
 
 import logging
 import math
@@ -211,7 +211,7 @@ def test_a_run_that_cannot_change_its_targets_is_refused():
     ("keys", "why"),
     [({}, "no sample with an image .* hera_memory: 8"), ({"objective": "cka"}, "no batch had 3 samples")],
 )
-def test_a_run_whose_samples_never_enter_gives_one_warning(keys, why, caplog):
+def test_a_run_whose_samples_never_enter_the_term_gives_one_warning(keys, why, caplog):
     run = Run(rows=BATCH, with_images=False, **keys)
     for _ in range(12):
         assert run.step() == 0
@@ -250,14 +250,14 @@ def test_too_many_consecutive_non_finite_terms_stop_the_run(side, monkeypatch):
     monkeypatch.setattr(source, name, broken)
     temperature = run.aligner.objective.values()
     steps(2)
-    assert run.aligner.objective.values() == temperature  # nor does momentum move it
+    assert run.aligner.objective.values() == temperature  # momentum does not move it either
     monkeypatch.setattr(source, name, original)
     steps(1)  # the count starts again
     assert run.aligner.logs()["hera_nan_batches"] == 2
     monkeypatch.setattr(source, name, broken)
     steps(3)  # the error comes later, because a step does not wait for the device
     monkeypatch.setattr(source, name, original)
-    steps(1)  # a good step does not hide the heads of the bad ones
+    steps(1)  # a good step does not hide the heads of the bad steps
     where = (
         "L1H0. Lower the learning rate" if side == "student" else "the teacher's features. Check the teacher's weights"
     )

@@ -1,4 +1,4 @@
-"""Checkpoints: the choice of the one to resume, and refusal of incomplete ones and those of other runs."""
+"""The choice of the checkpoint to resume; incomplete checkpoints and checkpoints of other runs are refused."""
 
 import logging
 import re

@@ -44,7 +44,7 @@ def test_the_teacher_sees_the_first_image_of_each_sample(teacher, images):
 
 
 @pytest.mark.parametrize("index, selected", [(1, 1), (-1, 2)])
-def test_image_index_selects_an_image_whose_index_and_number_of_images_the_batch_holds(
+def test_image_index_selects_an_image_and_the_batch_contains_its_index_and_the_number_of_images(
     teacher, images, index, selected
 ):
     def rows() -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ def test_a_collator_that_sorts_its_rows_is_refused(teacher):
         return {"input_ids": pad_sequence(tokens, True), "attention_mask": pad_sequence(mask, True)}
 
     collator = HeraCollator(by_length, teacher.processor)
-    collator([{"input_ids": [5, 6, 2]}, {"input_ids": [5, 2]}])  # they stay where they are
+    collator([{"input_ids": [5, 6, 2]}, {"input_ids": [5, 2]}])  # the rows keep their order
     with pytest.raises(ValueError, match=r"^data_collator: it moves sample 0 of a batch to position 1; keep"):
         collator([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 2]}])
 

@@ -8,7 +8,7 @@ HEADS, D, D_TEACHER = 2, 3, 4
 
 
 def pairs(first: int, n: int) -> tuple[Tensor, Tensor]:
-    """Makes samples numbered from ``first``: values are the number, plus a tenth of the head's for students."""
+    """Makes samples numbered from ``first``. Values are this number; students add a tenth of the head's number."""
     numbers = torch.arange(first, first + n).float()
     heads = torch.arange(HEADS).view(HEADS, 1, 1) / 10
     return numbers.view(1, n, 1).expand(HEADS, n, D) + heads, numbers.view(n, 1).expand(n, D_TEACHER).clone()
@@ -19,7 +19,7 @@ def add(memory: CrossBatchMemory, first: int, n: int) -> None:
 
 
 def held(memory: CrossBatchMemory) -> list[int]:
-    """Returns the numbers of the held samples, oldest first; both tensors must hold the same samples."""
+    """Returns the numbers of the stored samples, oldest first; both tensors must contain the same samples."""
     if memory.pairs is None:
         return []
     representations, teacher, filled, _ = memory.pairs
@@ -42,7 +42,7 @@ def test_the_memory_keeps_the_newest_pairs():
     assert held(memory) == [0, 1, 2, 3]
     add(memory, 4, 3)
     assert held(memory) == [2, 3, 4, 5, 6]
-    add(memory, 7, 9)  # more than it holds
+    add(memory, 7, 9)  # more than fit
     assert held(memory) == [11, 12, 13, 14, 15]
     add(memory, 16, 0)
     assert held(memory) == [11, 12, 13, 14, 15]
@@ -59,7 +59,7 @@ def test_invalid_pairs_are_not_kept_even_if_they_are_not_finite():
     assert held(memory) == [7, 0, 2, 3, 7]
 
 
-def test_held_pairs_are_detached_and_keep_no_batch_alive():
+def test_stored_pairs_are_detached_and_keep_no_batch_alive():
     representations, teacher = (tensor.clone().requires_grad_() for tensor in pairs(0, 3))
     memory = CrossBatchMemory(2)
     valid = torch.ones(3, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_held_pairs_are_detached_and_keep_no_batch_alive():
         assert values.untyped_storage().nbytes() == values.nbytes
 
 
-def test_the_state_round_trips():
+def test_a_restored_memory_has_the_saved_pairs_and_continues():
     memory, restored = CrossBatchMemory(4), CrossBatchMemory(4)
     add(memory, 0, 3)
     state = memory.state_dict()

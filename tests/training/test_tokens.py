@@ -118,7 +118,7 @@ def test_the_representations_of_heads_are_never_formed():
 
 
 @pytest.mark.parametrize(("layer", "index"), [("L0", 1), ("final", 2)])
-def test_a_layer_is_the_hidden_state_bit_for_bit(layer, index):
+def test_tokens_of_a_layer_are_its_hidden_state_bit_for_bit(layer, index):
     model = vlm("llava-qwen3")
     batch = vlm_batch(model)
     with LayerCapture(model, layer) as capture:
@@ -242,7 +242,7 @@ def test_ross_is_not_reported_idle_if_the_first_batches_have_no_image():
 
 
 class SmallRoss(Ross):
-    """ROSS in a size for tests."""
+    """A small ROSS for tests."""
 
     width, depth, heads = 16, 1, 2
 
