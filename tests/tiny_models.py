@@ -1,4 +1,4 @@
-"""Tiny random models of real classes: every text family and its VLMs, a teacher, and rows of a dataset with images."""
+"""Tiny random models of real classes: every text family, its VLMs, and a teacher; also rows with images."""
 
 import atexit
 import json
@@ -294,7 +294,7 @@ def vlm_batch(model: nn.Module, rows: int = 2, length: int = 8, seed: int = 0) -
 def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str, Tensor], int, dict[str, Tensor]]:
     """Returns the pixels, the number of image tokens per row, and further inputs."""
     if kind in _QWEN_LIKE:
-        # 4 x 4 patches of 3 channels and 2 frames, merged 2 x 2
+        # 4 x 4 patches, 3 channels, 1 or 2 frames, merged 2 x 2
         grid = torch.tensor([[1, 4, 4]] * rows)
         frames = 1 if kind in ("ernie4_5_vl_moe", "paddleocr_vl") else 2
         values = torch.randn(rows * 16, 3 * frames * _PATCH * _PATCH, generator=generator)
@@ -308,7 +308,7 @@ def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str,
         places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(rows, -1, -1)
         return {"pixel_values": values}, 4, shapes if kind == "lfm2_vl" else {"image_position_ids": places}
     if kind == "llava_next":
-        # two tiles of 2 x 4 patches with a newline after each row, and a base view of 2 x 2 patches
+        # 2 x 4 patches in two tiles, a newline after each row, and a base view of 2 x 2 patches
         values = torch.randn(rows, 3, 3, _SIDE, _SIDE, generator=generator)
         return {"pixel_values": values}, 4 + 2 * (4 + 1), {"image_sizes": torch.tensor([[_SIDE, 2 * _SIDE]] * rows)}
     if kind == "kimi_k25":
@@ -330,7 +330,7 @@ def _pixels(kind: str, rows: int, generator: torch.Generator) -> tuple[dict[str,
 
 
 def answer_labels(batch: dict[str, Tensor], prompt: int = 3) -> Tensor:
-    """Returns labels for the text after the image and the first ``prompt`` tokens of text."""
+    """Returns labels for all text except its first ``prompt`` tokens."""
     ids = batch["input_ids"]
     labels = ids.masked_fill(batch["attention_mask"] == 0, -100).masked_fill(ids >= IMAGE, -100)
     text_start = int((ids[0] >= IMAGE).sum())
@@ -354,7 +354,7 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
-# -- a dataset's rows, and the teacher of their images ---------------------------------------------------------------
+# -- dataset rows, and the teacher for their images ------------------------------------------------------------------
 
 TEACHER_SIZE = 12  # pixels; 3 x 3 patches
 
@@ -382,7 +382,7 @@ def teacher_folder() -> str:
 
 
 def autoencoder(width: int, channels: int, groups: int) -> nn.Module:
-    """Makes a tiny AutoencoderKL of diffusers."""
+    """Makes a tiny diffusers AutoencoderKL."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
