@@ -180,7 +180,8 @@ def test_more_heads_than_the_paper_recommends_give_a_warning():
 def test_a_custom_objective_is_loaded_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_package_of_a_test").mkdir()
     (tmp_path / "my_package_of_a_test/mine.py").write_text(
-        "from llamafactory_hera.objectives import Objective\n"
+        "from llamafactory_hera.objectives import Objective, register\n"
+        "@register('mine_of_a_test')\n"
         "class Mine(Objective):\n"
         "    granularities = ('layer',)\n"
         "    def forward(self, batch):\n"
@@ -190,7 +191,7 @@ def test_a_custom_objective_is_loaded_from_the_working_directory(tmp_path, monke
     )
     monkeypatch.chdir(tmp_path)
     path, mine = list(sys.path), "my_package_of_a_test.mine:Mine"
-    assert find(read(**LAYER | {"hera_objective": mine}).objective).__name__ == "Mine"
+    assert find(read(**LAYER | {"hera_objective": mine}).objective) is find("mine_of_a_test") is find(mine)
     assert sys.path == path
     for name, message in (
         (mine, "hera_granularity: head does not work with hera_objective: my_package.*:Mine"),

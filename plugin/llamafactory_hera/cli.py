@@ -121,7 +121,8 @@ def _is_recipe(word: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns 0, 1 for a failed check, or 2 for bad input."""
     parser = _parser()
-    if (sys.argv[1:] if arguments is None else arguments)[:1] == ["train"]:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
         parser.error("train: set stage: hera in a recipe, and run llamafactory-cli train RECIPE.yaml")
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [word for word in rest if not (hasattr(parsed, "overrides") and _is_override(word))]:
@@ -136,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_words(parsed)
         if parsed.run in (_select, _score, _calibrate):
             require_host(patches=parsed.run is not _calibrate)
-        if several and (status := _relaunched()) is not None:
+        if several and (status := _relaunched(arguments)) is not None:
             return status
         status = parsed.run(parsed)
     except (ValueError, OSError) as error:
@@ -285,7 +286,7 @@ def _of_stage(function: str, args: argparse.Namespace) -> int:
     return 0
 
 
-def _relaunched() -> int | None:
+def _relaunched(arguments: Sequence[str]) -> int | None:
     """Reruns this command with one process per device and returns the exit status, or None if one process is enough.
 
     ``FORCE_TORCHRUN=1`` and ``NPROC_PER_NODE`` have the same effect as in llamafactory-cli.
@@ -298,7 +299,7 @@ def _relaunched() -> int | None:
         return None
     n_processes = os.environ.get("NPROC_PER_NODE", max(1, n_devices))
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={n_processes}"]
-    command = [sys.executable, "-m", *launcher, "-m", "llamafactory_hera.cli", *sys.argv[1:]]
+    command = [sys.executable, "-m", *launcher, "-m", "llamafactory_hera.cli", *arguments]
     return subprocess.run(command, check=False).returncode
 
 

@@ -43,7 +43,7 @@ def _packages() -> Iterator[_Finding]:
         if found := _version(name):
             yield _imported(name, found)
         else:
-            yield _Finding(name, "not installed", PINNED_INSTALL if name in _NEEDED else None)
+            yield _Finding(name, "not installed", _remedy(name) if name in _NEEDED else None)
 
 
 def _host() -> Iterator[_Finding]:
@@ -69,8 +69,13 @@ def _version(name: str) -> str | None:
 
 def _imported(name: str, found: str, note: str = "") -> _Finding:
     error = _import_error(name)
-    remedy = f"install versions that work together: {PINNED_INSTALL}" if error else None
-    return _Finding(name, f"{found}{note}{f', {error}' if error else ''}", remedy)
+    return _Finding(name, f"{found}{note}{f', {error}' if error else ''}", _remedy(name) if error else None)
+
+
+def _remedy(name: str) -> str:
+    """Returns the remedy for a package that is missing or broken; only LLaMA-Factory has a tested set of versions."""
+    pinned = f"install versions that work together: {PINNED_INSTALL}"
+    return pinned if _version("llamafactory") else f"install a {name} that fits the versions of your other packages"
 
 
 def _import_error(module: str) -> str | None:

@@ -267,6 +267,17 @@ def test_too_many_consecutive_non_finite_terms_stop_the_run(side, monkeypatch):
         run.aligner.logs()
 
 
+def test_a_teacher_feature_that_is_not_finite_is_not_cached(tmp_path, monkeypatch):
+    run = Run(teacher_cache=str(tmp_path))
+    encode = run.aligner.teacher.encoder.encode
+    monkeypatch.setattr(
+        run.aligner.teacher.encoder, "encode", lambda images: encode(images).index_fill(0, torch.tensor([0]), math.nan)
+    )
+    run.step()
+    assert run.aligner.logs()["hera_nan_batches"] == 1
+    assert len(run.aligner.teacher.cache) == BATCH - 1
+
+
 def test_the_error_says_that_a_model_was_nan_from_the_start():
     run = Run(max_nan=2)
     with torch.no_grad():

@@ -43,7 +43,7 @@ def test_the_last_or_the_named_checkpoint_is_resumed(tmp_path):
 @pytest.mark.parametrize("folder", ["", "missing"])
 def test_a_missing_checkpoint_is_refused(tmp_path, folder):
     for resume in (True, str(tmp_path / "checkpoint-9")):
-        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; set it to"):
+        with pytest.raises(ValueError, match=r"^resume_from_checkpoint: .*checkpoint-.* does not exist; set the key"):
             checkpoint_of(arguments(resume, tmp_path / folder))
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -73,8 +74,15 @@ def test_a_collator_that_sorts_its_rows_is_refused(teacher):
 
     collator = HeraCollator(by_length, teacher.processor)
     collator([{"input_ids": [5, 6, 2]}, {"input_ids": [5, 2]}])  # the rows keep their order
-    with pytest.raises(ValueError, match=r"^data_collator: it moves sample 0 of a batch to position 1; keep"):
-        collator([{"input_ids": [5, 2]}, {"input_ids": [5, 6, 2]}])
+    for make in (list, np.array):
+        with pytest.raises(ValueError, match=r"^data_collator: it moves sample 0 of a batch to position 1; keep"):
+            collator([{"input_ids": make([5, 2])}, {"input_ids": make([5, 6, 2])}])
+
+
+def test_a_row_need_not_be_a_mapping(teacher, images):
+    collator = HeraCollator(lambda rows: {"input_ids": torch.tensor([ids for ids, _ in rows])}, teacher.processor)
+    collator.images_of, collator.drop = lambda row: [row[1]], ("images",)
+    assert collator([([5, 2], image) for image in images])["hera_source"].tolist() == [PIXELS] * 3
 
 
 def test_cached_images_are_not_decoded(teacher, images, tmp_path):

@@ -1,5 +1,6 @@
 """The base class of alignment objectives, their inputs, and the registry that finds them by name."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,8 +149,12 @@ def _module(name: str) -> ModuleType:
         spec = spec_from_file_location(name, file) if file.is_file() else None
         if spec is None or spec.loader is None or error.name not in (name, name.partition(".")[0]):
             raise
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = sys.modules[name] = module_from_spec(spec)  # the next call must find the same class
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
         return module
 
 

@@ -1,6 +1,6 @@
 """The collator that adds the teacher's inputs to a batch, in the workers of the data loader."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class HeraCollator:
         if self.processor is None:
             teacher["hera_image"] = torch.tensor(chosen)
         if self.drop:
-            rows = [{name: value for name, value in row.items() if name not in self.drop} for row in rows]
+            rows = [_without(row, self.drop) for row in rows]
         batch = self.collate(rows)
         if pieces is None:
             _check_order(rows, batch)
@@ -138,10 +138,15 @@ class HeraCollator:
         return batch
 
 
+def _without(row: Any, columns: tuple[str, ...]) -> Any:
+    """Removes columns from a row; like the Trainer, keeps a row that is not a mapping."""
+    return {k: v for k, v in row.items() if k not in columns} if isinstance(row, Mapping) else row
+
+
 def _check_order(rows: list[dict[str, Any]], batch: dict[str, Any]) -> None:
     """Raises ``ValueError`` if the batch reorders tokenized rows, because they would get the wrong images."""
-    ids, tails = batch["input_ids"], [row.get("input_ids") for row in rows]
-    if None in tails or len(ids) != len(tails):
+    ids, tails = batch["input_ids"], [row.get("input_ids") if isinstance(row, Mapping) else None for row in rows]
+    if any(tail is None for tail in tails) or len(ids) != len(tails):
         return
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     tails = [torch.as_tensor(row)[-_TAIL:].tolist() for row in tails]

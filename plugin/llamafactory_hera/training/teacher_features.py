@@ -65,7 +65,9 @@ class TeacherFeatures:
         if self.cache is None:
             return computed
         rounded, keys = computed.half(), inputs["hera_keys"][inputs["hera_rows"]].cpu()
-        self._write(lambda cache: cache.put([bytes(key) for key in keys.numpy()], rounded.cpu()))
+        features = rounded.cpu()
+        finite = features.isfinite().all(dim=1)  # the term tolerates a few others, and the cache does not store them
+        self._write(lambda cache: cache.put([bytes(key) for key in keys[finite].numpy()], features[finite]))
         return rounded.to(computed)
 
     def flush(self) -> None:

@@ -121,7 +121,8 @@ def score_checkpoint(
         print("wrote:", path, path.with_suffix(".png"), sep="\n  ")
         if folder and compared:
             add_scores(folder, compared)
-            print(f"next:\n  llamafactory-hera report {folder}" if len(compared.files) > 1 else "")
+            if len(compared.files) > 1:
+                print(f"next:\n  llamafactory-hera report {folder}")
     return path
 
 
