@@ -2,7 +2,7 @@
 
 ``llamafactory_hera_patches.pth`` runs at every start of Python, and adds a small import hook, which calls
 ``install`` as soon as a program imports the host. From Python 3.15 on, ``llamafactory_hera_patches.start`` calls
-the function directly. It adds ``PatchFinder``, which changes each module of the host right after its import.
+the function directly. ``install`` adds ``PatchFinder``, which changes each module of the host right after its import.
 """
 
 import os

@@ -172,9 +172,9 @@ class HeraConfig(KeyedConfig):
     )
     select_samples: int | Literal["auto"] = knob(
         1000,
-        "Number of image-caption pairs for scoring the heads. auto begins with 1,000 and doubles the number, up to "
-        "8,000 or the end of the data, until 60% of the heads are each chosen again by most random halves of the "
-        "pairs.",
+        "Number of image-caption pairs for scoring the heads, at least hera_select_k + 2. auto begins with 1,000 and "
+        "doubles the number, up to 8,000 or the end of the data, until 60% of the heads are each chosen again by most "
+        "random halves of the pairs.",
         at_least=1,
         at_most=10**7,
     )
