@@ -33,8 +33,8 @@ from .watch import Watch
 class Aligner:
     """HeRA's state and steps during one run, independent of any trainer.
 
-    For each micro-batch, a loop calls ``prepare``, runs the model, adds ``loss`` to the LM loss, runs the backward pass,
-    and calls ``after_backward``. It calls ``optimizer_step`` with each optimizer step, and ``close`` at the end.
+    For each micro-batch, a loop calls ``prepare``, runs the model, adds ``loss`` to the LM loss, backpropagates, and
+    calls ``after_backward``. It calls ``optimizer_step`` with each optimizer step, and ``close`` at the end.
 
     Under FSDP2, backpropagate the term together with the LM loss (https://github.com/pytorch/pytorch/issues/173709).
 
