@@ -160,7 +160,8 @@ def _check_words(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: no such file or folder.")
     overrides = getattr(args, "overrides", ())
     if stray := [word for word in overrides if "=" not in word]:
-        raise ValueError(f"{stray[0]} is neither a recipe nor key=value; write a pair like output_dir=saves/run.")
+        place = "put the recipe first" if _is_recipe(stray[0]) else "write a pair like output_dir=saves/run"
+        raise ValueError(f"{stray[0]} is not key=value; {place}.")
     words = [*models, *overrides]
     if args.run is _score and not recipe and not any(_is_recipe(w) or w.startswith("dataset=") for w in words):
         raise ValueError(f"score: {models[0]} needs a dataset; add --recipe RECIPE.yaml.")

@@ -24,11 +24,19 @@ BUILT = "hera_built"
 PICTURE = "llamafactory-hera"
 
 
+def create_folder(path: Path, key: str) -> Path:
+    """Creates a folder if it does not exist, and returns it; raises ``ValueError`` with the key if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}: {path} cannot be created ({error.strerror}); give another folder.") from error
+    return path
+
+
 @contextmanager
 def locked(output_dir: str | os.PathLike) -> Iterator[None]:
     """Locks the ``hera`` folder of a run; raises ``ValueError`` if another process holds the lock."""
-    path = Path(output_dir).expanduser() / RUN_FOLDER / ".lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = create_folder(Path(output_dir).expanduser() / RUN_FOLDER, "output_dir") / ".lock"
     try:
         with FileLock(path, blocking=False, is_singleton=True):  # reentrant within a process
             yield
@@ -59,8 +67,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def check_replaceable(marks: Mapping[str | os.PathLike, str]) -> None:
     """Checks that each output path (a key of ``marks``) is writable, and that an existing file contains its mark."""
     for path, mark in marks.items():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=Path(path).parent).close()
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=Path(path).parent).close()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror}); give another path.") from error
         if os.path.isdir(path) or (os.path.isfile(path) and mark.encode() not in Path(path).read_bytes()[:4096]):
             raise ValueError(f"{path} exists and is not a file that this command writes; give another path.")
 

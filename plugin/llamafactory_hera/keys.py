@@ -59,7 +59,7 @@ class KeyedConfig:
 def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.8)
+            near = get_close_matches(name, known, n=1, cutoff=0.8) or [k for k in known if name == f"hera_{k}"]
             remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
             raise ValueError(f"{name}: no such key; {remedy}")
 

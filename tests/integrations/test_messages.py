@@ -72,7 +72,7 @@ RAISE = (
     "It did not rise by more than the noise. Train longer, or raise the learning rate (the term is 50% of the loss, "
     "so hera_weight matters less) (docs/method.md#which-weight)."
 )
-FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Lower logging_steps."
+FEW = "fewer than two log lines have hera_mknn, so its change is unknown. Train longer, or lower logging_steps."
 UNFILLED = (
     "the memory of 128 samples did not fill up in 9 steps (3 entered), so hera_loss and hera_mknn were not logged. "
     "Train longer, use a larger batch, or lower hera_memory."

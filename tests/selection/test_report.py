@@ -15,7 +15,7 @@ from PIL import Image
 from llamafactory_hera.cli import main
 from llamafactory_hera.heads import Targets
 from llamafactory_hera.plots import BLUE, GRAY, ORANGE, series_colors
-from llamafactory_hera.selection.gallery import Neighbors
+from llamafactory_hera.selection.gallery import Neighbors, write_gallery
 from llamafactory_hera.selection.page import verdict, write_report
 from llamafactory_hera.selection.report import compare, draw_scores, show
 from llamafactory_hera.selection.scores import ScoreFile
@@ -94,7 +94,11 @@ def test_layers_are_compared_if_the_first_file_names_layers(tmp_path):
         write_seen(path, tmp_path / "images", 0, heads=4)
     comparison = compare(files)
     assert "+0.175, noise unknown" in verdict(comparison)[1]
-    assert "the neighbors of L1 are unknown" in write_report(comparison, tmp_path / "page").read_text()
+    page = write_report(comparison, tmp_path / "page.html").read_text()
+    assert "the neighbors of L1 are unknown" in page
+    assert "nan" not in page
+    with pytest.raises(ValueError, match=r"^gallery: .*0\.json lists layers, .* add --heads"):
+        write_gallery(files)
 
 
 def test_the_verdict_has_the_interval_of_the_mean_over_the_stored_queries(run):
@@ -117,7 +121,7 @@ def test_the_verdict_has_the_interval_of_the_mean_over_the_stored_queries(run):
         (["{run}/hera/heads.json"], "report: .* is a single file; give two"),
         (["{run}", "--aligned", "L0H0,L99H0"], "--aligned: L99H0 has no score in"),
         (["{run}", "--output", "{run}/index"], "index.html exists and is not a file that this command writes"),
-        (["{run}/images"], "scores: .*images/hera/scores.json cannot be read .*; give a file that a selection or"),
+        (["{run}/images"], "report: .*images has no hera/scores.json; first run llamafactory-hera score"),
         (["{run}", "--eval", "{run}/images"], "--eval: .*images contains no table"),
     ],
 )

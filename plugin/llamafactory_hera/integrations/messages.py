@@ -91,13 +91,15 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
                 f" It did not {'rise' if sign > 0 else 'fall'} by more than the noise. Train longer, or {remedy} "
                 "(docs/method.md#which-weight)."
             )
+    elif n_nan := sum(line.get("hera_nan_batches", 0) for line in history):
+        text = f"the term was not finite in {n_nan:.0f} micro-batches. Lower the learning rate, or check the weights."
     elif n_held < (memory.size or 0):
         text = (
             f"the memory of {memory.size} samples did not fill up in {n_steps} steps ({n_held} entered), so hera_loss "
             "and hera_mknn were not logged. Train longer, use a larger batch, or lower hera_memory."
         )
     else:
-        text = f"fewer than two log lines have {key}, so its change is unknown. Lower logging_steps."
+        text = f"fewer than two log lines have {key}, so its change is unknown. Train longer, or lower logging_steps."
     logger.info(f"HeRA | {text}")
 
 

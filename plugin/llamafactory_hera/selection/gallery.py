@@ -107,8 +107,10 @@ def write_gallery(
     of the first file. Raises ``ValueError`` if the neighbors of a file are missing.
     """
     files, names = load_files(paths, names, "gallery")
+    if files[0].chosen.granularity == "layer" and not heads:
+        raise ValueError(f"gallery: {files[0].path} lists layers, but has the neighbors of heads only; add --heads.")
     known = list(files[0].ranked("head"))
-    chosen = Targets.parse(heads).items if heads else (known[0], known[len(known) // 2], known[-1])
+    chosen = Targets.parse(heads, key="--heads").items if heads else (known[0], known[len(known) // 2], known[-1])
     if unknown := [str(head) for head in chosen if head not in known]:
         raise ValueError(f"gallery: {', '.join(unknown)} has no score in {files[0].path}; choose other heads.")
     pictures = [Path(f"{output}.png")] if small else [Path(f"{output}_{head}.png") for head in chosen]

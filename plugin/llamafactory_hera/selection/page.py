@@ -32,7 +32,7 @@ def write_report(
     ``evaluation`` is an output folder of ``llamafactory-hera eval``. Raises ``ValueError`` if the folder contains no
     table, or if the report would replace another page.
     """
-    page = Path(f"{output}.html")
+    page = Path(f"{str(output).removesuffix('.html')}.html")
     check_replaceable({page: _MARK})
     parts = _parts(comparison) | {"accuracy": _evaluation(Path(evaluation)) if evaluation else ""}
     write_text(page, Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(parts))
@@ -43,7 +43,7 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
     """Returns two texts: the agreement with the teacher in the first and the last file, and its meaning."""
     first, names, targets, rows = comparison.files[0], comparison.names, comparison.targets, comparison.rows
     (before, *_, after), noise, k = rows["mean"], _noise(comparison), first.k
-    change, others = after - before, rows["others"][-1] - rows["others"][0]
+    change, others = after - before, rows.get("others")
     found = (
         f"Of the {k} images that the teacher considers most similar to an image, the {len(targets.items)} "
         f"{comparison.title} {targets.plural} find {k * before:.1f} ({names[0]}) and {k * after:.1f} ({names[-1]}); "
@@ -56,7 +56,9 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
             meaning += " These scores use captions alone; hera_select_mode=mllm scores both models with images."
         return found, meaning
     toward = "toward" if change > 0 else "away from"
-    meaning = f"They moved {toward} the teacher ({size}); the other {targets.plural} changed by {others:+.3f}."
+    meaning = f"They moved {toward} the teacher ({size})."
+    if others:
+        meaning = f"{meaning[:-1]}; the other {targets.plural} changed by {others[-1] - others[0]:+.3f}."
     if abs(after - first.chance) <= noise:
         meaning += " They are at chance."
     if len(names) == 2:
@@ -84,16 +86,19 @@ def _parts(comparison: Comparison) -> dict[str, str]:
         training = str(card.get("command", "unknown"))
     limits = [function([file.scores for file in files]) for function in (np.nanmin, np.nanmax)]
     maps = [_image(draw_scores(file, targets.items, limits)) for file in files]
+    small = gallery = reason = ""
     try:
         small, gallery = (_image(draw_gallery(files, names, targets.items[0], size)) for size in (True, False))
     except (IndexError, ValueError) as error:
-        small, gallery = escape(str(error)), ""
+        reason = f"No pictures: {error}."
     texts = {
         "title": last.folder.name,
         "facts": f"{comparison.title} {targets.plural} {', '.join(targets.names)}; {facts}",
         "found": found,
         "meaning": meaning,
         "head": targets.names[0],
+        "reason": reason,
+        "hidden": "hidden" if reason else "",
         "setting": files[0].setting,
         "note": f"{files[0].firmness.note} {files[0].firmness.warning}",
         "training": training,

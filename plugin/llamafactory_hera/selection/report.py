@@ -34,13 +34,13 @@ class Comparison(NamedTuple):
 
     @property
     def rows(self) -> dict[str, list[float]]:
-        """The MKNN (or NaN) of each target in every file; also their ``mean`` and the mean of all ``others``."""
+        """The MKNN (or NaN) of each target in every file; also their ``mean``, and that of all ``others`` if any."""
         scores = [file.ranked(self.targets.granularity) for file in self.files]
         rows = {str(target): [known.get(target, math.nan) for known in scores] for target in self.targets.items}
         both = [target for target in scores[0] if target in scores[-1] and target not in self.targets.items]
         mean = [statistics.fmean(column) for column in zip(*rows.values(), strict=True)]
-        others = [float(np.mean([known.get(target, math.nan) for target in both] or math.nan)) for known in scores]
-        return rows | {"mean": mean, "others": others}
+        others = [float(np.mean([known.get(target, math.nan) for target in both])) for known in scores] if both else []
+        return rows | {"mean": mean} | ({"others": others} if both else {})
 
     @property
     def table(self) -> list[list[str]]:
@@ -62,7 +62,11 @@ def compare(paths: Paths, names: Sequence[str] = (), aligned: str | None = None)
             unknown, the five least aligned heads or layers of the first file.
     """
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        after = ScoreFile.load(Path(paths[0], RUN_FOLDER, SCORE_FILES[0]))
+        scored = Path(paths[0], RUN_FOLDER, SCORE_FILES[0])
+        if not scored.is_file():
+            remedy = f"first run llamafactory-hera score {paths[0]} --recipe RECIPE.yaml"
+            raise ValueError(f"report: {paths[0]} has no {RUN_FOLDER}/{SCORE_FILES[0]}; {remedy}.")
+        after = ScoreFile.load(scored)
         paths, names = (_before(after), after.path), names or ("before", "after")
     if len(paths) < 2:
         raise ValueError(f"report: {paths[0]} is a single file; give two or more files, or the folder of a run.")

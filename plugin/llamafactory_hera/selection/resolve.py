@@ -82,15 +82,20 @@ def _selected_before(config: HeraConfig, run: Run, folder: Path) -> Targets | No
             if not differing:
                 logger.info(f"HeRA | {chosen.key}: {chosen} from {path}, selected with the same settings")
             if checkpoint is not None or not differing:
-                _check(chosen, differing, config)
+                _check(chosen, differing, config, checkpoint is not None)
                 return chosen
+    if checkpoint is not None:
+        lack = f"{checkpoint} has no selected {config.granularity}s to continue with"
+        remedy = f"resume a checkpoint of a run with HeRA, or name its {config.granularity}s in {config.targets_key}"
+        raise ValueError(f"resume_from_checkpoint: {lack}; {remedy}.")
     return None
 
 
-def _check(chosen: Targets, differing: list[str], config: HeraConfig) -> None:
+def _check(chosen: Targets, differing: list[str], config: HeraConfig, resumed: bool = False) -> None:
     problem = f"{chosen.key}: the {chosen.plural} {chosen} were selected for another run: {'; '.join(differing)}"
     if differing and not config.heads_force:
-        raise ValueError(f"{problem}. Select again in a new output folder, or set hera_heads_force: true.")
+        remedy = "Select again in a new output folder, or set hera_heads_force: true"
+        raise ValueError(f"{problem}. {'Restore these settings, or start a new run' if resumed else remedy}.")
     if differing:
         logger.warning(f"{problem}. Continuing, because hera_heads_force is set.")
 

@@ -149,11 +149,12 @@ def draw_samples(source: Source, config: HeraConfig, count: int | None = None) -
 
     count = config.most_samples if count is None else count
     samples, without_image, without_text = draw(source, count, config.select_seed, config.image_index, has_tokens)
-    n, skipped = len(samples), f"{without_image} have no image, {without_text} have no text to average"
+    n, repeated = len(samples), len(source) - len(samples) - without_image - without_text
+    skipped = f"{without_image} have no image, {without_text} have no text to average, {repeated} repeat an image"
     if n < 3:
         raise ValueError(
-            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}; each image counts once), but a "
-            "selection needs 3 or more; use more data, or name the heads in hera_heads."
+            f"dataset: {n} of its {len(source)} samples can be scored ({skipped}), but a selection "
+            "needs 3 or more; use more data, or name the heads in hera_heads."
         )
     if n < count == config.select_samples:
         logger.warning("hera_select_samples: %d were requested, but only %d can be scored (%s).", count, n, skipped)

@@ -80,7 +80,7 @@ class ScoreFile:
     def load(cls, path: str | os.PathLike) -> "ScoreFile":
         """Reads a file, or a run folder's scores or else selection; raises ``ValueError`` if there are no scores."""
         if os.path.isdir(path):
-            files = (Path(path, RUN_FOLDER, name) for name in SCORE_FILES)
+            files = (Path(path, folder, name) for folder in (RUN_FOLDER, ".") for name in SCORE_FILES)
             path = next((file for file in files if file.is_file()), path)
         chosen = Targets.load(path, key="scores")
         origin = chosen.provenance

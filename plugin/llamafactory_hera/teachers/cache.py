@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import write_safetensors
+from ..files import create_folder, write_safetensors
 from .images import KEY_BYTES
 
 logger = logging.getLogger("llamafactory_hera")
@@ -35,8 +35,8 @@ class FeatureCache:
     def __init__(self, folder: str | Path, teacher_fingerprint: str, dim: int) -> None:
         self._arguments = (folder, teacher_fingerprint, dim)
         self.dim, self._metadata = dim, {"teacher": teacher_fingerprint}
-        self.folder = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-float16"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path = Path(folder).expanduser() / f"{teacher_fingerprint[:32]}-float16"
+        self.folder = create_folder(path, "hera_teacher_cache")
         self._waiting: dict[bytes, Tensor] = {}
         self._known: set[Path] = set()
         self._shards: list[Any] = []  # memory maps of the features

@@ -5,6 +5,7 @@ Any training loop can use it (docs/plain_trainer.md); integrations/transformers.
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Aligner:
         self,
         model: nn.Module,
         config: HeraConfig,
-        targets: Targets | None = None,
+        targets: Targets | str | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
@@ -63,7 +64,8 @@ class Aligner:
     ) -> None:
         device = next(model.parameters()).device if device is None else device
         self.config, model_configuration = config, model_config(model)
-        self.targets = named_targets(config, model) if targets is None else targets
+        parse = partial(Targets.parse, granularity=config.granularity, configuration=model_configuration)
+        self.targets = named_targets(config, model) if targets is None else parse(targets)
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         check_parallelism(None, model)

@@ -98,6 +98,9 @@ class _Recipe:
 
     def heads(self) -> str:
         config, layout = self.config, head_layout(self.model)
+        n_heads = sum(layer.n_heads for layer in layout.layers)
+        if config.granularity == "head" and config.named_targets == AUTO and config.select_m > n_heads:
+            raise ValueError(f"hera_select_m: {config.select_m} is more than the {n_heads} heads; lower it.")
         chosen = f"auto selects {config.select_m}"
         if hub_id(config.named_targets, config.targets_key) is not None:
             chosen = f"the run downloads {config.named_targets} and checks that it is for this model"
