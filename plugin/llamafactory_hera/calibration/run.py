@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from ..files import PICTURE, RUN_FOLDER, check_replaceable, write_json, write_safetensors
 from ..hub import weight_files
 from ..selection.passes import Forward
-from ..selection.samples import Collate, Sample, Source, draw
+from ..selection.samples import Collate, ModelInputs, Sample, Source, draw
 from .plan import Outcome, held_out_divergence, make_plan, try_updates
 from .profile import Profile, profile_heads
 from .report import REPORT_FILE, describe, draw_calibration
@@ -33,18 +32,11 @@ _OF_RUNS = ("checkpoint-*", f"{RUN_FOLDER}/run.json", "trainer_state.json")
 Samples = tuple[list[Sample], list[Sample]]
 
 
-@dataclass(frozen=True)
-class CalibrationInputs:
-    """The model and the dataset of a calibration, as an integration provides them."""
+@dataclass(frozen=True, kw_only=True)
+class CalibrationInputs(ModelInputs):
+    """The base model and the data of a calibration."""
 
-    source: Source
-    load_model: Callable[[], nn.Module]  #: Returns the frozen model in evaluation mode on one device.
-    collator: Callable[[nn.Module], Collate]
-    model_name: str  #: The base model of the adapter.
-    dataset_name: str
     adapter_names: Sequence[str] = ()  #: Adapters that ``load_model`` merges into the weights.
-    autocast: torch.dtype | None = None  #: The compute dtype, if it differs from the weights' dtype.
-    num_workers: int = 0  #: Processes that decode images.
 
 
 def calibrate_heads(

@@ -42,20 +42,26 @@ class Source(Protocol):
     def encode(self, row: int) -> Features | None: ...  # None if the row cannot be used
 
 
-@dataclass(frozen=True)
-class SelectionInputs:
-    """The model, teacher and data of a selection, as an integration provides them."""
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """A model and its data, as an integration provides them to a selection or a calibration."""
 
     source: Source
-    load_model: Callable[[], nn.Module]  #: Returns the frozen model, complete on this process.
-    collator: Callable[[nn.Module], Collate]  #: Returns the collator for a model; its batches need ``labels``.
-    load_teacher: Callable[[], VisionTeacher]
+    load_model: Callable[[], nn.Module]  #: Returns the frozen model in evaluation mode, complete on this process.
+    collator: Callable[[nn.Module], Collate]  #: Returns the collator for a model; a selection needs ``labels``.
     model_name: str
-    weights: Path | nn.Module  #: The folder of the checkpoint, or the model in memory.
     dataset_name: str
-    adapter_folders: list[Path] = field(default_factory=list)
-    autocast: torch.dtype | None = None  #: The half precision of the run, if the weights have a different dtype.
+    autocast: torch.dtype | None = None  #: The compute dtype, if it differs from the weights' dtype.
     num_workers: int = 0  #: The number of processes that decode images.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionInputs(ModelInputs):
+    """The model, teacher and data of a selection."""
+
+    load_teacher: Callable[[], VisionTeacher]
+    weights: Path | nn.Module  #: The folder of the checkpoint, or the model in memory.
+    adapter_folders: list[Path] = field(default_factory=list)
     tokenizer: Any = None  #: Decodes captions for the gallery.
 
 
