@@ -56,7 +56,7 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
             meaning += " These scores use captions alone; hera_select_mode=mllm scores both models with images."
         return found, meaning
     toward = "toward" if change > 0 else "away from"
-    meaning = f"They moved {toward} the teacher ({size})."
+    meaning = f"They {'moved' if noise else 'seem to have moved'} {toward} the teacher ({size})."
     if others:
         meaning = f"{meaning[:-1]}; the other {targets.plural} changed by {others[-1] - others[0]:+.3f}."
     if abs(after - first.chance) <= noise:
