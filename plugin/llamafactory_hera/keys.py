@@ -21,7 +21,7 @@ class KeyedConfig:
     PREFIX: ClassVar[str] = ""
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
-        _refuse_unknown(values, [declared.name for declared in cls.knobs().values()])
+        _refuse_unknown(values, [declared.name for declared in cls.knobs().values()], cls.PREFIX)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -56,10 +56,10 @@ class KeyedConfig:
         return {key: getattr(self, declared.name) for key, declared in self.knobs().items()}
 
 
-def _refuse_unknown(names: Iterable[str], known: Collection[str]) -> None:
+def _refuse_unknown(names: Iterable[str], known: Collection[str], prefix: str = "") -> None:
     for name in names:
         if name not in known:
-            near = get_close_matches(name, known, n=1, cutoff=0.8) or [k for k in known if name == f"hera_{k}"]
+            near = get_close_matches(name, known, n=1, cutoff=0.8) or [k for k in known if name == prefix + k]
             remedy = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}."
             raise ValueError(f"{name}: no such key; {remedy}")
 
