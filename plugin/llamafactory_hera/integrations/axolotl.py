@@ -17,6 +17,7 @@ from ..config import HeraConfig
 from ..distributed import rank
 from ..teachers.images import ImageLike, sample_images
 from ..training.checks import NO_FP8
+from .messages import in_micro_batches
 from .transformers import HeraTrainerMixin
 
 #: A pydantic model of the keys, which axolotl merges into its schema.
@@ -119,7 +120,7 @@ class HeraPlugin(BasePlugin):
         class AxolotlHeraTrainer(HeraTrainerMixin, AxolotlTrainer):
             """axolotl's trainer with HeRA; the keys are bound here, because axolotl's builder does not pass them."""
 
-            in_words = staticmethod(lambda text: text.replace("per_device_train_batch_size", "micro_batch_size"))
+            in_words = staticmethod(in_micro_batches)
 
             def __init__(self, *args: Any, **kwargs: Any) -> None:
                 super().__init__(*args, hera=hera, images_of=images_of, **kwargs)

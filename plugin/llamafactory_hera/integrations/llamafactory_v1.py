@@ -24,7 +24,7 @@ from ..config import HeraConfig
 from ..distributed import mean_over_ranks
 from ..heads.targets import AUTO
 from ..training import Aligner
-from .messages import show_messages, translated
+from .messages import in_micro_batches, show_messages, translated
 
 _IMAGES = "extra_info"  # the only field (a string) that the engine copies from a row into a batch unchanged
 
@@ -112,7 +112,7 @@ def _check(hera: HeraConfig, args: Any) -> None:
     for key, value, refused, why in checks:
         if refused:
             raise ValueError(f"{key}: {value} does not work with HeRA in the v1 engine: {why}; change or remove it.")
-    with translated(lambda message: message.replace("per_device_train_batch_size", "micro_batch_size")):
+    with translated(in_micro_batches):
         hera.check_batch(args.micro_batch_size, 1, int(os.environ.get("WORLD_SIZE", 1)))
 
 

@@ -91,7 +91,7 @@ def log_outcome(aligner: "Aligner", history: Sequence[dict[str, float]], n_steps
                 f" It did not {'rise' if sign > 0 else 'fall'} by more than the noise. Train longer, or {remedy} "
                 "(docs/method.md#which-weight)."
             )
-    elif n_nan := sum(line.get("hera_nan_batches", 0) for line in history):
+    elif not n_held and (n_nan := sum(line.get("hera_nan_batches", 0) for line in history)):
         text = f"the term was not finite in {n_nan:.0f} micro-batches. Lower the learning rate, or check the weights."
     elif n_held < (memory.size or 0):
         text = (
@@ -135,6 +135,11 @@ def in_python(message: str) -> str:
         return declared.name + match[0].removeprefix(match[1])
 
     return re.sub(r"\b(hera_\w+)(?:: ([\w-]+(?:\.\w+)*))?", argument, message)
+
+
+def in_micro_batches(message: str) -> str:
+    """Names the batch size as axolotl and LLaMA-Factory's v1 engine do."""
+    return message.replace("per_device_train_batch_size", "micro_batch_size")
 
 
 def compared_at_once(aligner: "Aligner", training_args: Any) -> int:
