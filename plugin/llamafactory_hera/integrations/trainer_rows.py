@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from ..config import HeraConfig
 from ..distributed import gather_objects, world_size
@@ -104,11 +105,11 @@ def _rows_of(trainer: Any, images_of: ImagesOf, config: HeraConfig) -> CollatedR
     def collate(rows: list[Any]) -> dict[str, Any]:
         if decode is not None:
             rows = [decode(row) for row in rows]
+        collator = trainer.data_collator
         if trainer.args.remove_unused_columns:
             trainer._set_signature_columns_if_needed()
-            columns = trainer._signature_columns
-            rows = [{name: value for name, value in row.items() if name in columns} for row in rows]
-        return trainer.data_collator(rows)
+            collator = RemoveColumnsCollator(collator, trainer._signature_columns)
+        return collator(rows)
 
     name = getattr(getattr(trainer.train_dataset, "info", None), "dataset_name", None) or "dataset"
     processor = getattr(trainer, "processing_class", None)
