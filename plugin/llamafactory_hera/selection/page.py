@@ -56,9 +56,8 @@ def verdict(comparison: Comparison) -> tuple[str, str]:
             meaning += " These scores use captions alone; hera_select_mode=mllm scores both models with images."
         return found, meaning
     toward = "toward" if change > 0 else "away from"
-    meaning = f"They {'moved' if noise else 'seem to have moved'} {toward} the teacher ({size})."
-    if others:
-        meaning = f"{meaning[:-1]}; the other {targets.plural} changed by {others[-1] - others[0]:+.3f}."
+    rest = f"; the other {targets.plural} changed by {others[-1] - others[0]:+.3f}" if others else ""
+    meaning = f"They {'moved' if noise else 'seem to have moved'} {toward} the teacher ({size}){rest}."
     if abs(after - first.chance) <= noise:
         meaning += " They are at chance."
     if len(names) == 2:

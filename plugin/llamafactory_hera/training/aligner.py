@@ -5,7 +5,6 @@ Any training loop can use it (docs/plain_trainer.md); integrations/transformers.
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +63,9 @@ class Aligner:
     ) -> None:
         device = next(model.parameters()).device if device is None else device
         self.config, model_configuration = config, model_config(model)
-        parse = partial(Targets.parse, granularity=config.granularity, configuration=model_configuration)
-        self.targets = named_targets(config, model) if targets is None else parse(targets)
+        if targets is None:
+            targets = named_targets(config, model)
+        self.targets = Targets.parse(targets, config.granularity, model_configuration)
         capture_class = LayerCapture if self.targets.granularity == "layer" else HeadCapture
         self.capture: HeadCapture | LayerCapture = capture_class(model, self.targets)
         check_parallelism(None, model)
